@@ -1,0 +1,119 @@
+"""Any torch optimizer, made decentralised: its own step, then the mixing.
+
+    x_j <- step(x_j, g_j(x_j)) + sum_l Pi[j,l] (x_l - x_j)           all x on the right: before it
+
+For `torch.optim.SGD` without momentum this is CDSGD. Only parameters are mixed; the optimizer's
+own state (AdamW's moments, say) stays local.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mpicdsgd.agents import Agents
+from mpicdsgd.arena import Coefficients
+from mpicdsgd.exchange import ExchangeConfig
+from mpicdsgd.optim import AgentOptimizer
+
+
+class Mixed(AgentOptimizer):
+    """``optimizer`` with the agents' mixing after each of its steps. Collective over ``agents``.
+
+    It shares ``optimizer``'s parameter groups, so schedulers and changes of lr act on both.
+
+    Args:
+        optimizer: a torch optimizer over float32 CPU parameters; step only through `Mixed`.
+        agents, buffers, exchange, debug: see `mpicdsgd.optim.AgentOptimizer`.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        agents: Agents,
+        *,
+        buffers: Iterable[torch.Tensor] = (),
+        exchange: ExchangeConfig | None = None,
+        debug: bool = False,
+    ) -> None:
+        self.optimizer = optimizer
+        super().__init__(
+            [{"params": group["params"]} for group in optimizer.param_groups],
+            dict(optimizer.defaults),
+            agents,
+            buffers=buffers,
+            exchange=exchange,
+            debug=debug,
+        )
+        self.param_groups = optimizer.param_groups
+
+    def coefficients(self, group: dict[str, Any]) -> Coefficients:
+        return Coefficients(alpha=0.0, c_g=0.0)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """The optimizer's own step, then the mixing. Collective, as `AgentOptimizer.step`."""
+        self._begin()
+        with torch.enable_grad():
+            loss = self.optimizer.step(closure)
+        self._advance(self._segments())
+        return loss
+
+    @torch.no_grad()
+    def mix(self) -> None:
+        """The mixing without a step of the optimizer. Collective; raises as `step`."""
+        self._begin()
+        self._advance(self._segments())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's own, with ``agents.steps`` beside. Local."""
+        return {**self.optimizer.state_dict(), "agents": {"steps": self.steps}}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a `state_dict` and publish the parameters as they are. Collective."""
+        self._require_open()
+        self.exchange.wait(self.steps)
+        self.optimizer.load_state_dict(state_dict)
+        self.param_groups = self.optimizer.param_groups
+        self.arena.repair()
+        self.steps = int(state_dict.get("agents", {}).get("steps", 0))
+        self._publish()
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """x, and the optimizer's own state under ``optimizer/<parameter>/<name>``; views. Local.
+
+        Raises:
+            TypeError: if that state holds more than tensors and numbers.
+        """
+        arrays = super().arrays()
+        for i, parameter in enumerate(self.arena.parameters):
+            for name, value in self.optimizer.state.get(parameter, {}).items():
+                if not isinstance(value, torch.Tensor | int | float):
+                    raise TypeError(
+                        f"{type(self.optimizer).__name__} keeps a {type(value).__name__} as "
+                        f"{name}: its state cannot be checkpointed"
+                    )
+                arrays[f"optimizer/{i}/{name}"] = torch.as_tensor(value).detach().cpu().numpy()
+        return arrays
+
+    @torch.no_grad()
+    def load_arrays(self, steps: int, arrays: dict[str, NDArray[Any]]) -> None:
+        """Take over what `arrays` gave after ``steps`` steps, and publish it. Collective."""
+        for key, array in arrays.items():
+            kind, _, rest = key.partition("/")
+            if kind == "optimizer":
+                index, _, name = rest.partition("/")
+                values = torch.from_numpy(np.array(array))
+                self.optimizer.state[self.arena.parameters[int(index)]][name] = values
+        super().load_arrays(steps, arrays)
+
+    def _segments(self) -> NDArray[np.void]:
+        # own = 1: the difference to neighbours is taken from what was published, the old x.
+        segments = self.arena.mix_only_segments()
+        segments["own"] = 1
+        return segments

@@ -1,0 +1,206 @@
+"""The arena: one flat buffer for all parameters, which the model's tensors are views into.
+
+Each tensor begins at a multiple of 64 bytes and keeps its own strides, so channels_last weights
+stay so. Nothing is flattened or copied in a step: the kernel reads gradients where autograd left
+them, by a table of segments, one for each tensor.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mpicdsgd.errors import UserError
+from mpicdsgd.native import SEGMENT
+
+log = logging.getLogger("mpicdsgd")
+
+_ALIGN = 16  # float32 elements in 64 bytes
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """What a parameter group's update is made of (design: v <- mu v - alpha h, and so on)."""
+
+    alpha: float
+    decay: float = 0.0
+    mu: float = 0.0
+    c_v: float = 0.0
+    c_g: float = 1.0
+
+
+class Arena:
+    """Flat float32 memory for ``parameters`` and then ``buffers``, and the tensors' views into it.
+
+    Making one copies the tensors' values in and points the tensors (their ``.data``) at it.
+
+    Args:
+        parameters: distinct dense float32 CPU tensors, any shapes, also empty and 0-d.
+        buffers: tensors that are mixed but have no gradient, such as BatchNorm's statistics; what
+            the forward pass does to them is kept (own = 1 in the segments).
+
+    Attributes:
+        flat: float32, shape (D,), D a multiple of 16; padding is 0.
+        numpy: the same memory as an array.
+        parameters_end: where the parameters end in ``flat`` and the buffers begin.
+        segments: the kernel's table, one row for each tensor.
+
+    Raises:
+        UserError: for a tensor of another dtype, layout or device.
+    """
+
+    def __init__(
+        self, parameters: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor] = ()
+    ) -> None:
+        self.parameters = list(parameters)
+        self.tensors = [*parameters, *buffers]
+        for i, tensor in enumerate(self.tensors):
+            _check(f"tensor {i} {tuple(tensor.shape)}", tensor)
+        lengths = np.array([t.numel() for t in self.tensors], dtype=np.int64)
+        padded = -(-lengths // _ALIGN) * _ALIGN
+        ends = np.cumsum(padded)
+        self.size = int(ends[-1]) if len(ends) else 0
+        self.flat = torch.zeros(self.size, dtype=torch.float32)
+        self.numpy: NDArray[np.float32] = self.flat.numpy()
+        self.segments = np.zeros(len(self.tensors), dtype=SEGMENT)
+        self.segments["offset"] = ends - padded
+        self.segments["length"] = lengths
+        self.segments["own"][len(self.parameters) :] = 1
+        self.parameters_end = int((ends - padded)[len(self.parameters)]) if buffers else self.size
+        self._strides = [_dense_strides(t) for t in self.tensors]
+        self.views = self.views_of(self.flat)
+        for tensor, view in zip(self.tensors, self.views, strict=True):
+            view.copy_(tensor.detach())
+            tensor.data = view
+        self._pointers = [view.data_ptr() for view in self.views]
+        self._versions: list[int] = []
+        self._keep_alive: list[torch.Tensor] = []
+        self.accept()
+
+    def views_of(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Views into another flat buffer of the same layout, one for each tensor."""
+        return [
+            flat.as_strided(tensor.shape, strides, int(offset))
+            for tensor, strides, offset in zip(
+                self.tensors, self._strides, self.segments["offset"], strict=True
+            )
+        ]
+
+    def layout(self) -> str:
+        """Shapes, strides and order as text, which must be the same on all agents."""
+        tensors = [(tuple(t.shape), t.stride()) for t in self.views]
+        return repr((len(self.parameters), tensors))
+
+    def repair(self) -> bool:
+        """Point tensors that left the arena back at it; True if their values were other ones.
+
+        ``model.to(memory_format=...)`` and the like replace a parameter's storage. Where shape,
+        dtype and device still fit, its values are taken into the arena.
+
+        Raises:
+            UserError: where they do not fit.
+        """
+        changed = False
+        moved = 0
+        for i, (tensor, view, pointer) in enumerate(
+            zip(self.tensors, self.views, self._pointers, strict=True)
+        ):
+            if tensor.data_ptr() == pointer and tensor.dtype == torch.float32:
+                continue
+            if tensor.numel() == 0 and tensor.shape == view.shape:
+                continue
+            name = f"parameter {i} of shape {tuple(view.shape)}"
+            if tensor.shape != view.shape:
+                raise UserError(
+                    f"{name} now has shape {tuple(tensor.shape)}: make a new optimizer for it"
+                )
+            _check(name, tensor)
+            if not torch.equal(tensor.detach(), view):
+                changed = True
+                view.copy_(tensor.detach())
+            tensor.data = view
+            moved += 1
+        if moved:
+            log.warning(
+                "%d parameters had left the optimizer's memory (model.to(), another optimizer) and "
+                "were put back, in the memory format they had at first",
+                moved,
+            )
+        return changed
+
+    def changed(self) -> bool:
+        """Whether anybody wrote parameters since `accept`, by their version counters."""
+        return self._versions != [p._version for p in self.parameters]
+
+    def accept(self) -> None:
+        """Take the parameters' present values as ours."""
+        self._versions = [p._version for p in self.parameters]
+
+    def written(self) -> None:
+        """Tell autograd that the parameters were written, and `accept` that."""
+        torch.autograd.graph.increment_version(self.tensors)
+        self.accept()
+
+    def checksum(self) -> int:
+        """CRC-32 of the parameters' bytes (not the buffers', which a forward pass writes)."""
+        return zlib.crc32(self.numpy[: self.parameters_end])
+
+    def fill_segments(self, coefficients: Sequence[Coefficients]) -> int:
+        """Write gradients and coefficients, one for each parameter, into `segments`.
+
+        Returns how many parameters have a gradient. The addresses stay valid until the next call.
+        """
+        self._keep_alive = []
+        addresses = [self._gradient_address(p, i) for i, p in enumerate(self.parameters)]
+        rows = self.segments[: len(self.parameters)]
+        rows["grad"] = addresses
+        for name in ("alpha", "decay", "mu", "c_v", "c_g"):
+            rows[name] = [getattr(c, name) for c in coefficients]
+        return sum(a != 0 for a in addresses)
+
+    def mix_only_segments(self) -> NDArray[np.void]:
+        """A copy of `segments` without gradients: x <- mix, v kept."""
+        rows = self.segments.copy()
+        rows["grad"] = 0
+        return rows
+
+    def _gradient_address(self, parameter: torch.Tensor, index: int) -> int:
+        gradient = parameter.grad
+        if gradient is None or gradient.numel() == 0:
+            return 0
+        if gradient.is_sparse:
+            gradient = gradient.to_dense()
+        if gradient.dtype != torch.float32 or gradient.stride() != parameter.stride():
+            # The kernel reads a segment in the parameter's own order.
+            view = self.views[index]
+            gradient = torch.empty_strided(view.shape, view.stride()).copy_(gradient)
+        self._keep_alive.append(gradient)
+        return gradient.data_ptr()
+
+
+def _check(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype != torch.float32:
+        raise UserError(
+            f"{name} is {tensor.dtype}, but agents keep float32 state: convert the model with "
+            ".float() before making the optimizer (autocast may compute in bfloat16)"
+        )
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        raise UserError(
+            f"{name} is {tensor.layout} on {tensor.device}: parameters must be dense on the CPU"
+        )
+
+
+def _dense_strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The tensor's own strides, or row-major ones where its own leave gaps or overlap."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return torch.empty(tensor.shape, device="meta").stride()
+        expected *= size
+    return tensor.stride()

@@ -1,0 +1,238 @@
+"""Checkpoints: the state of all agents at a step, written and read so that damage is found.
+
+Two promises. A process writes only files of its own generation and the manifest comes last, so at
+every moment, whoever is killed, the checkpoint before is whole. And nothing is read that is not,
+bit by bit, what was written: sizes and checksums are verified before HDF5 opens a file, because
+HDF5 reads a damaged one without a word. Names and checks stand in ``manifest.py``, HDF5 in
+``rankfile.py``, a look without MPI in ``inspection.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from mpicdsgd import manifest as disk
+from mpicdsgd import rankfile
+from mpicdsgd.errors import UserError
+from mpicdsgd.inspection import inspect
+from mpicdsgd.manifest import Damaged, FileEntry, Manifest, Place
+from mpicdsgd.runfolder import claim_generation, reason, sync_folder
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = ["Snapshot", "claim_generation", "inspect", "read_newest", "write"]
+
+log = logging.getLogger("mpicdsgd")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One agent's state at a step.
+
+    Attributes:
+        step: steps done so far.
+        arrays: numeric arrays of any shape by name; "/" in a name makes a group in the file, and no
+            name may lie below another ("a" and "a/b"). The array "x", shape (D,), is what
+            `inspect` takes for the parameters.
+        meta: this agent's own, as JSON.
+        shared: equal on all agents, as JSON; rank 0's goes into the manifest.
+        generation: which generation wrote it; set by `read_newest`.
+    """
+
+    step: int
+    arrays: dict[str, NDArray[Any]]
+    meta: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
+    generation: int = 0
+
+
+def write(
+    run_dir: Path, generation: int, snapshot: Snapshot, comm: MPI.Intracomm, keep: int
+) -> Path | None:
+    """Write a checkpoint and drop all but the newest ``keep``. Collective over ``comm``.
+
+    All ranks give the same step and the same generation, claimed by rank 0 with
+    `claim_generation`. A step that this generation has written already is not written again.
+
+    Returns:
+        The checkpoint's folder; None, on every rank, if a rank could not write (disk full, no
+        permission): logged once, the attempt removed, the checkpoint before it kept.
+    """
+    assert keep >= 1, "at least one checkpoint is kept"
+    place = disk.place_of(Path(run_dir), generation, snapshot.step)
+    layout = rankfile.layout(snapshot.arrays)
+    json.dumps([snapshot.meta, snapshot.shared])  # a mistake of the caller's is raised here
+    if comm.bcast(os.path.lexists(place.manifest) if comm.rank == 0 else None):
+        return place.folder
+    about = rankfile.About(snapshot.step, generation, comm.rank, comm.size, snapshot.meta, layout)
+    entry: FileEntry | None = None
+    problem = ""
+    try:
+        place.folder.mkdir(parents=True, exist_ok=True)
+        entry = rankfile.write_rank(place, about, snapshot.arrays)
+    except Exception as error:  # whatever it is, the other ranks are waiting in the gather
+        problem = f"rank {comm.rank}: {reason(error)}"
+    gathered = comm.gather((entry, layout, problem), root=0)
+    problems: list[str] = []
+    if gathered is not None:
+        problems = [p for _, _, p in gathered if p]
+        if not problems:
+            entries = [e for e, _, _ in gathered if e is not None]
+            try:
+                _finish(place, entries, [spec for _, spec, _ in gathered], snapshot)
+            except Exception as error:
+                problems = [f"rank 0: {reason(error)}"]
+                _discard(place, 0)  # the manifest goes before any rank's file does
+    problems = comm.bcast(problems)
+    if problems:
+        _discard(place, comm.rank)
+        if comm.rank == 0:
+            log.error(
+                "the checkpoint of step %d was not written (%s%s): the one before it is kept",
+                snapshot.step,
+                problems[0],
+                f", and {len(problems) - 1} more" if len(problems) > 1 else "",
+            )
+        return None
+    if comm.rank == 0:
+        try:
+            disk.prune(Path(run_dir), generation, keep)
+        except OSError as error:
+            log.warning("old checkpoints in %s cannot be removed: %s", run_dir, reason(error))
+    return place.folder
+
+
+def _finish(
+    place: Place, entries: list[FileEntry], layouts: list[dict[str, Any]], snapshot: Snapshot
+) -> None:
+    """Rank 0, once all agents' files are there: the index, then the manifest."""
+    alike = {
+        name: spec
+        for name, spec in layouts[0].items()
+        if all(other.get(name) == spec for other in layouts)
+    }
+    index = rankfile.write_index(place, len(entries), alike)
+    for folder in (place.folder, *list(place.folder.parents)[:2]):
+        sync_folder(folder)
+    files = (*entries, index)
+    disk.write_manifest(
+        place,
+        Manifest(place.step, place.generation, len(entries), files, alike, snapshot.shared),
+    )
+
+
+def _discard(place: Place, rank: int) -> None:
+    """Remove what this rank has written of a checkpoint that will not be."""
+    mine = [place.rank_file(rank), *([place.manifest, place.index] if rank == 0 else [])]
+    for path in sorted(mine, key=lambda p: p != place.manifest):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s cannot be removed: %s", path, reason(error))
+    disk.remove_if_empty(place.folder)
+
+
+def read_newest(
+    run_dir: Path, comm: MPI.Intracomm, expect: Callable[[dict[str, Any]], None]
+) -> Snapshot | None:
+    """This agent's part of the newest intact checkpoint. Collective over ``comm``.
+
+    The newest is the one of the highest generation, therein of the highest step. One that is not
+    intact is skipped, and rank 0 logs which file of it is damaged and how.
+
+    Args:
+        run_dir: the run's folder; every rank must see it.
+        expect: called on every rank with `Snapshot.shared`; raises UserError if the checkpoint
+            belongs to another run (model, graph, ...).
+
+    Returns:
+        None if the run has no checkpoint yet.
+
+    Raises:
+        UserError: on every rank: the checkpoint is of another number of agents, ``expect`` raised,
+            there are checkpoints but none is intact, or the folder cannot be read.
+    """
+    found: list[Place] = []
+    problem = ""
+    if comm.rank == 0:
+        try:
+            found = disk.places(Path(run_dir))
+        except OSError as error:
+            problem = f"the checkpoints in {run_dir} cannot be listed: {reason(error)}"
+    found, problem = comm.bcast((found, problem))
+    _agree(comm, problem)
+    newest = ""
+    for place in found:
+        manifest, problem = comm.bcast(_read_manifest(place) if comm.rank == 0 else None)
+        if manifest is not None:
+            _agree(comm, _mismatch(manifest, place, comm.size, expect))
+            snapshot, problem = _read_own(place, manifest, comm.rank)
+            problem = next((p for p in comm.allgather(problem) if p), "")
+            if snapshot is not None and not problem:
+                return snapshot
+        newest = newest or f"{place}: {problem}"
+        if comm.rank == 0:
+            log.warning("checkpoint %s is not intact (%s): taking the one before", place, problem)
+    if not found:
+        return None
+    raise UserError(
+        f"none of the {len(found)} checkpoints in {run_dir} is intact ({newest}): "
+        "restore one, or remove the folder checkpoints to start anew"
+    )
+
+
+def _read_manifest(place: Place) -> tuple[Manifest | None, str]:
+    try:
+        return disk.read_manifest(place), ""
+    except Damaged as damage:
+        return None, str(damage)
+
+
+def _mismatch(
+    manifest: Manifest, place: Place, size: int, expect: Callable[[dict[str, Any]], None]
+) -> str:
+    if manifest.agents != size:
+        return (
+            f"checkpoint {place.folder} is of {manifest.agents} agents, the job has {size} ranks: "
+            f"start {manifest.agents} ranks, or set run.dir to another folder"
+        )
+    try:
+        expect(manifest.shared)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _read_own(place: Place, manifest: Manifest, rank: int) -> tuple[Snapshot | None, str]:
+    """This rank's part, and what is wrong with it or, on rank 0, with the index."""
+    mine = [manifest.files[rank], *(manifest.files[-1:] if rank == 0 else ())]
+    for entry in mine:
+        if problem := disk.check_file(place.folder, entry):
+            return None, problem
+    path = place.rank_file(rank)
+    try:
+        about, arrays = rankfile.read_rank(path)
+    except Damaged as damage:
+        return None, str(damage)
+    if (about.step, about.generation, about.agent, about.agents) != (
+        manifest.step, manifest.generation, rank, manifest.agents
+    ):  # fmt: skip
+        return None, f"{path.name}: is of another checkpoint"
+    step, generation = manifest.step, manifest.generation
+    return Snapshot(step, arrays, about.meta, manifest.shared, generation), ""
+
+
+def _agree(comm: MPI.Intracomm, problem: str) -> None:
+    """Raise the first rank's problem as a UserError on every rank, if any has one. Collective."""
+    first = next((p for p in comm.allgather(problem) if p), "")
+    if first:
+        raise UserError(first)

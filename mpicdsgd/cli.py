@@ -1,0 +1,276 @@
+"""The command line: ``mpicdsgd train | graph | plot | inspect | info``.
+
+Exit codes: 0 done, 2 a user's mistake (one line on stderr, on no rank a traceback), 1 all else.
+MPI and torch are imported by the commands that need them, so the others work on a login node.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mpicdsgd import __version__, launch
+from mpicdsgd.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command in ``argv``; returns the exit code. ``train`` is collective."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s", level=logging.INFO if _first() else logging.WARNING)
+    try:
+        code: int = arguments.run(arguments)
+        return code
+    except UserError as error:
+        return _mistake(error)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _mistake(error: UserError) -> int:
+    """Print ``error`` once; if only this rank has it, end the others too, with the same code."""
+    if "mpicdsgd.shutdown" not in sys.modules:
+        print(f"mpicdsgd: {error}", file=sys.stderr)
+        return 2
+    from mpi4py import MPI
+
+    from mpicdsgd import shutdown
+
+    if not shutdown.in_job() or error.raised_on_all_ranks:
+        if MPI.COMM_WORLD.rank == 0:
+            print(f"mpicdsgd: {error}", file=sys.stderr)
+        return 2
+    print(f"mpicdsgd: rank {MPI.COMM_WORLD.rank}: {error}", file=sys.stderr)
+    shutdown.abort(2)
+    return 2
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    if arguments.agents is not None and not launch.inside_job():
+        launch.relaunch(arguments.agents, ["train", arguments.config, *arguments.overrides])
+    from mpi4py import MPI
+
+    from mpicdsgd import shutdown
+    from mpicdsgd.agreement import agreement
+    from mpicdsgd.run import Run, load_config
+
+    shutdown.install()
+    comm = MPI.COMM_WORLD
+    with agreement(comm, "reading the config"):
+        if arguments.agents not in (None, comm.size):
+            raise UserError(
+                f"--agents {arguments.agents}, but the launcher started {comm.size} ranks: leave "
+                "--agents out under mpirun or srun"
+            )
+        config = load_config(Path(arguments.config), arguments.overrides)
+    run = Run(config, comm)
+    last = run.train()
+    if comm.rank == 0 and last is not None:
+        test, distance = last["test_accuracy"], last["consensus"]["max"]
+        print(
+            f"{comm.size} agents on {config.agents.topology}: mean test accuracy "
+            f"{test['mean']:.4f} (lowest {min(test['agents']):.4f}, highest "
+            f"{max(test['agents']):.4f}), averaged model "
+            f"{last['averaged_model']['test_accuracy']:.4f}, consensus distance {distance:.2e}, "
+            f"{last['time_s']:.0f} s; everything is in {config.run.dir}"
+        )
+    return 0
+
+
+def _graph(arguments: argparse.Namespace) -> int:
+    from mpicdsgd.specs import graph_from_spec, mixing_from_spec
+
+    reports = []
+    for spec in arguments.specs:
+        n = arguments.agents or _agents_in(spec)
+        graph = graph_from_spec(spec, n)
+        mixing = mixing_from_spec(arguments.mixing, graph)
+        spectrum = mixing.spectrum
+        report: dict[str, Any] = {
+            "spec": spec,
+            "agents": n,
+            "directed": graph.directed,
+            "edges": len(graph.edges) if graph.directed else len(graph.edges) // 2,
+            "degree_min": min(graph.degrees),
+            "degree_max": max(graph.degrees),
+            "diameter": graph.diameter,
+            "mixing": arguments.mixing,
+            "lambda_2": spectrum.lambda_2,
+            "lambda_n": spectrum.lambda_n,
+            "gap": spectrum.gap,
+            "assumption_2": [
+                {"condition": c.name, "holds": c.holds, "detail": c.detail}
+                for c in mixing.conditions
+            ],
+            "remarks": [*graph.remarks, *mixing.remarks],
+        }
+        reports.append(report)
+        if not arguments.json:
+            _print_graph(report)
+    if arguments.json:
+        print(json.dumps(reports, indent=2))
+    if arguments.png:
+        from mpicdsgd.graphplot import draw_graph
+
+        if len(arguments.specs) != 1:
+            raise UserError(f"--png draws one graph, got {len(arguments.specs)} specs")
+        draw_graph(graph, mixing, Path(arguments.png))
+        print(f"drawing: {arguments.png}", file=sys.stderr if arguments.json else sys.stdout)
+    return 0
+
+
+def _agents_in(spec: str) -> int:
+    sizes = re.fullmatch(r"(?:torus|grid):(\d{1,6})x(\d{1,6})", spec)
+    if sizes is None:
+        raise UserError(f"how many agents has {spec}? Say it with -n, as in -n 5")
+    return int(sizes[1]) * int(sizes[2])
+
+
+def _print_graph(report: dict[str, Any]) -> None:
+    low, high = report["degree_min"], report["degree_max"]
+    print(
+        f"{report['spec']}: {report['agents']} agents, {report['edges']} "
+        f"{'directed ' if report['directed'] else ''}edges, degree "
+        f"{low if low == high else f'{low} to {high}'}, diameter {report['diameter']}"
+    )
+    print(
+        f"mixing {report['mixing']}: lambda_2 {report['lambda_2']:.6f}, lambda_N "
+        f"{report['lambda_n']:.6f}, gap {report['gap']:.6f}"
+    )
+    for condition in report["assumption_2"]:
+        print(
+            f"  {'holds' if condition['holds'] else 'FAILS'}  {condition['condition']}: "
+            f"{condition['detail']}"
+        )
+    for remark in report["remarks"]:
+        print(f"  note: {remark}")
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    from mpicdsgd.plots import plot_runs
+
+    runs = [Path(run) for run in arguments.runs]
+    out = Path(arguments.out) if arguments.out else runs[0] / "metrics.png"
+    plot_runs(runs, out)
+    print(f"plot: {out}")
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from mpicdsgd.inspection import inspect
+
+    found = inspect(Path(arguments.checkpoint))
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for one in found["checkpoints"]:
+        state = "intact" if one["intact"] else "NOT INTACT"
+        size = "?" if one["size_bytes"] is None else f"{one['size_bytes'] / 1e6:.1f} MB"
+        print(
+            f"{one['folder']}: step {one['step']}, generation {one['generation']}, "
+            f"{one['agents']} agents, {size}, {state}"
+        )
+        if one["consensus"]:
+            print(
+                f"  consensus distance: max {one['consensus']['max']:.6e}, "
+                f"rms {one['consensus']['rms']:.6e}"
+            )
+        for name, about in (one["arrays"] or {}).items():
+            print(f"  {name}: {about}")
+        for problem in one["problems"]:
+            print(f"  {problem}")
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    import h5py
+    import torch
+    from mpi4py import MPI
+
+    from mpicdsgd import native
+
+    if MPI.COMM_WORLD.rank != 0:
+        return 0
+    levels = {
+        MPI.THREAD_SINGLE: "single",
+        MPI.THREAD_FUNNELED: "funneled",
+        MPI.THREAD_SERIALIZED: "serialized",
+        MPI.THREAD_MULTIPLE: "multiple",
+    }
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    report = {
+        "mpicdsgd": __version__,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "mpi": MPI.Get_library_version().split("\n")[0].strip("\0 "),
+        "mpi_threads": levels[MPI.Query_thread()],
+        "ranks": MPI.COMM_WORLD.size,
+        "hdf5": h5py.version.hdf5_version,
+        "cores": len(os.sched_getaffinity(0)),
+        "kernel": native.backend,
+        "kernel_isa": native.isa,
+        "kernel_reason": native.reason,
+        "gpu": gpus or "none (this version trains on the CPU)",
+    }
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        for key, value in report.items():
+            if value != "":
+                print(f"{key:14} {value}")
+    return 0
+
+
+def _first() -> bool:
+    """Whether this process is rank 0, as far as the launcher says, before MPI is started."""
+    names = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mpicdsgd",
+        description="Decentralised training of PyTorch models over MPI.",
+    )
+    parser.add_argument("--version", action="version", version=f"mpicdsgd {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train", help="train a model", description="Run under mpirun or srun, or with --agents."
+    )
+    train.add_argument("config", metavar="RUN.toml")
+    train.add_argument("overrides", nargs="*", metavar="section.key=value")
+    train.add_argument("--agents", type=int, metavar="N", help="start N ranks with mpiexec")
+    train.set_defaults(run=_train)
+
+    graph = commands.add_parser("graph", help="what a topology and its mixing matrix are worth")
+    graph.add_argument("specs", nargs="+", metavar="SPEC", help="ring, torus:4x4, file:net.edges")
+    graph.add_argument("-n", "--agents", type=int, metavar="N")
+    graph.add_argument("--mixing", default="metropolis", metavar="SPEC")
+    graph.add_argument("--png", metavar="FILE", help="draw it")
+    graph.add_argument("--json", action="store_true")
+    graph.set_defaults(run=_graph)
+
+    plot = commands.add_parser("plot", help="accuracy, loss and consensus distance of runs")
+    plot.add_argument("runs", nargs="+", metavar="RUN_DIR")
+    plot.add_argument("--out", metavar="FILE", help="default: metrics.png in the first run")
+    plot.set_defaults(run=_plot)
+
+    inspect = commands.add_parser(
+        "inspect", help="what a checkpoint holds, and whether it is whole"
+    )
+    inspect.add_argument("checkpoint", metavar="RUN_DIR|CHECKPOINT")
+    inspect.add_argument("--json", action="store_true")
+    inspect.set_defaults(run=_inspect)
+
+    info = commands.add_parser("info", help="MPI library, threads, HDF5, kernel, GPU")
+    info.add_argument("--json", action="store_true")
+    info.set_defaults(run=_info)
+    return parser

@@ -1,0 +1,117 @@
+"""The 64 bytes before every published buffer, and how a stop or a fault spreads through them.
+
+A stop needs no Allreduce. Whoever wants one writes "after s + diameter steps" into the next header
+that it builds, s being the steps that this header announces, and into all later ones; a receiver
+keeps the least that it has seen. The header that announces step s is read one hop away in step s,
+at distance d in step s + d - 1, hence everywhere before s + diameter steps are completed; and a
+later originator's stop is later. A fault travels beside the stop, not in its place: a signal must
+not hide a NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+HEADER_BYTES = 64
+NEVER = 2**62
+_MAGIC = 0x6364_7367  # "cdsg"
+_LAYOUT = np.dtype(
+    [
+        ("magic", "<u4"),
+        ("generation", "<i4"),
+        ("step", "<i8"),
+        ("round", "<i4"),
+        ("leaver", "<i4"),
+        ("stop_step", "<i8"),
+        ("fault_step", "<i8"),
+        ("fault_at", "<i8"),
+        ("fault_agent", "<i4"),
+        ("fault_reason", "<i4"),
+        ("leaver_step", "<i8"),
+    ]
+)
+assert _LAYOUT.itemsize == HEADER_BYTES
+
+
+class Reason(IntEnum):
+    """What an agent found wrong."""
+
+    NONE = 0
+    CHANGED_BY_HAND = 1
+    NON_FINITE = 2
+    NON_FINITE_LOSS = 3
+
+
+@dataclass(frozen=True, order=True)
+class Fault:
+    """After ``step`` completed steps all agents raise; of two faults the lesser one holds."""
+
+    step: int = NEVER
+    reason: Reason = Reason.NONE
+    agent: int = 0
+    at: int = 0  # completed steps of ``agent`` when it said so
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an agent says of the buffer it publishes."""
+
+    step: int  # completed steps that the buffer holds
+    round: int = 0  # mixing round within the step (tau > 1)
+    generation: int = 0  # of the run: each restart is a new one
+    stop_step: int = NEVER
+    fault: Fault = Fault()
+    leaver: int = -1  # the agent that left first, if any has ...
+    leaver_step: int = 0  # ... and its completed steps
+
+    @property
+    def leaving(self) -> bool:
+        return self.leaver >= 0
+
+
+def write(header: Header, slot: NDArray[np.uint8]) -> None:
+    """Write ``header`` into ``slot``, uint8, shape (64,)."""
+    fault = header.fault
+    slot.view(_LAYOUT)[0] = (
+        _MAGIC,
+        header.generation,
+        header.step,
+        header.round,
+        header.leaver,
+        header.stop_step,
+        fault.step,
+        fault.at,
+        fault.agent,
+        int(fault.reason),
+        header.leaver_step,
+    )
+
+
+def read(slot: NDArray[np.uint8]) -> Header | None:
+    """The header in ``slot``, or None where none has arrived since `clear`."""
+    row: Any = slot.view(_LAYOUT)[0]
+    if row["magic"] != _MAGIC:
+        return None
+    word = {name: int(row[name]) for name in _LAYOUT.names or ()}
+    fault = Fault(
+        word["fault_step"], Reason(word["fault_reason"]), word["fault_agent"], word["fault_at"]
+    )
+    return Header(
+        word["step"],
+        word["round"],
+        word["generation"],
+        word["stop_step"],
+        fault,
+        word["leaver"],
+        word["leaver_step"],
+    )
+
+
+def clear(slot: NDArray[np.uint8]) -> None:
+    """Make ``slot`` read as empty."""
+    slot[:] = 0

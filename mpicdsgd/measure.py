@@ -1,0 +1,142 @@
+"""What is measured at an evaluation: every agent, their average, and how far they are apart."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mpicdsgd.agents import Agents
+from mpicdsgd.data import Samples
+from mpicdsgd.evaluate import evaluate
+from mpicdsgd.optim import AgentOptimizer
+from mpicdsgd.state import local_buffers
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+NO_ACCURACY = float("nan")  # where targets are no class labels; null in the metrics file
+
+
+@dataclass
+class RunningMeans:
+    """Sums over an epoch's minibatches so far."""
+
+    loss_sum: float = 0.0
+    correct: int = 0
+    count: int = 0
+
+    def add(self, loss: float, correct: int, count: int) -> None:
+        """Add a minibatch: its mean loss, its right answers (-1: no accuracy) and its size."""
+        self.loss_sum += loss * count
+        self.correct = -1 if correct < 0 else self.correct + correct
+        self.count += count
+
+    def values(self) -> tuple[float, float]:
+        """Mean loss and accuracy."""
+        return ratio(self.loss_sum, self.count), accuracy(self.correct, self.count)
+
+
+def measure(
+    agents: Agents,
+    optimizer: AgentOptimizer,
+    model: torch.nn.Module,
+    test: Samples,
+    loss_fn: Loss,
+    batch_size: int,
+    training: tuple[float, float],
+) -> dict[str, Any]:
+    """Evaluate every agent's model and the averaged one on ``test``. Collective.
+
+    The averaged model's test set is shared out over the agents. Consensus distance:
+    max_j ||x_j - mean|| and its root mean square over agents, parameters only, in float64.
+
+    Args:
+        training: this agent's training loss and accuracy, to be gathered.
+
+    Returns:
+        ``train_loss``, ``train_accuracy``, ``test_loss``, ``test_accuracy``, ``averaged_model``,
+        ``consensus`` of a metrics line, the same on every rank.
+    """
+    with optimizer.evaluating():
+        own = evaluate(model, test, loss_fn, batch_size)
+        x_D = optimizer.x
+        mean_D = agents.mean(x_D)
+        share = np.arange(agents.rank, len(test), agents.size)
+        with _averaged(agents, optimizer, model, mean_D):
+            part = evaluate(model, test, loss_fn, batch_size, share)
+    row = [
+        *training,
+        ratio(own[0], own[2]),
+        accuracy(own[1], own[2]),
+        _squared_distance(x_D, mean_D, optimizer.arena.parameters_end),
+        *part,
+    ]
+    table = np.empty((agents.size, len(row)))
+    agents.comm.Allgather(np.array(row, dtype=np.float64), table)
+    losses, counts = table[:, 5].sum(), table[:, 7].sum()
+    correct = -1 if (table[:, 6] < 0).any() else int(table[:, 6].sum())
+    squared = table[:, 4]
+    return {
+        "train_loss": spread(table[:, 0]),
+        "train_accuracy": spread(table[:, 1]),
+        "test_loss": spread(table[:, 2]),
+        "test_accuracy": spread(table[:, 3]),
+        "averaged_model": {
+            "test_loss": ratio(losses, counts),
+            "test_accuracy": accuracy(correct, counts),
+        },
+        "consensus": {
+            "max": float(np.sqrt(squared.max())),
+            "rms": float(np.sqrt(squared.mean())),
+        },
+    }
+
+
+def spread(values: NDArray[np.float64]) -> dict[str, Any]:
+    """Mean, standard deviation over the agents (not N - 1: they are all there are), and each."""
+    return {"mean": float(values.mean()), "std": float(values.std()), "agents": values.tolist()}
+
+
+def ratio(total: float, count: float) -> float:
+    """``total / count``, NaN where nothing was counted."""
+    return float(total / count) if count else float("nan")
+
+
+def accuracy(correct: int, count: float) -> float:
+    """Share of right answers, NaN where the task has none."""
+    return NO_ACCURACY if correct < 0 else ratio(correct, count)
+
+
+@contextlib.contextmanager
+def _averaged(
+    agents: Agents,
+    optimizer: AgentOptimizer,
+    model: torch.nn.Module,
+    mean_D: NDArray[np.floating],
+) -> Iterator[None]:
+    """A block in which ``model`` is the average of all agents' models. Collective at its begin."""
+    buffers = local_buffers(optimizer, model)
+    kept = {name: buffer.detach().clone() for name, buffer in buffers.items()}
+    means = agents.average(buffers.values()) if buffers else {}
+    try:
+        with optimizer.holding(torch.from_numpy(mean_D)):
+            for buffer, mean in zip(buffers.values(), means.values(), strict=True):
+                buffer.detach().copy_(mean)
+            yield
+    finally:
+        for name, buffer in buffers.items():
+            buffer.detach().copy_(kept[name])
+
+
+def _squared_distance(x_D: NDArray[np.floating], mean_D: NDArray[np.floating], end: int) -> float:
+    total = 0.0
+    for start in range(0, end, 1 << 20):
+        part = slice(start, min(end, start + (1 << 20)))
+        difference = x_D[part].astype(np.float64) - mean_D[part]
+        total += float(difference @ difference)
+    return total

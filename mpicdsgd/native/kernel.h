@@ -1,0 +1,37 @@
+// The face between the binding (host.cpp) and the loops, which are compiled once per instruction set.
+#pragma once
+
+#include "update.h"
+
+namespace mpicdsgd {
+
+// One pass over the flat buffers. Checked by host.cpp; nothing behind it checks again.
+struct Pass {
+  float* out;
+  const float* z;
+  const float* at;
+  float* v;               // or null
+  float* y;               // or null
+  void* p;                // or null; type by the wire
+  const void* q;          // or null: then no segment has own = 1
+  const void* const* neighbours;
+  const float* weights;
+  int degree;
+  bool stream;            // write p past the caches
+};
+
+// Updates elements [begin, end) of the flat buffers, all within the segment; true if finite.
+using Sweep = bool (*)(const Pass&, const Segment&, long long begin, long long end);
+
+struct Isa {
+  const char* name;
+  Sweep (*sweep)(int wire, int degree);
+  void (*fence)();        // after a thread's last streaming store
+};
+
+extern const Isa generic;
+#if defined(MPICDSGD_AVX2)
+extern const Isa avx2;
+#endif
+
+}  // namespace mpicdsgd

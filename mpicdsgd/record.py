@@ -1,0 +1,257 @@
+"""A run's records: ``metrics.jsonl``, TensorBoard, and the versions that a result depends on.
+
+A line of metrics is strict JSON: NaN and infinities are the strings "NaN", "Infinity" and
+"-Infinity", which `read` turns back into numbers. Keys are only ever added.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mpicdsgd.errors import UserError
+from mpicdsgd.runfolder import is_regular, reason, strict, swing_link, write_whole
+
+log = logging.getLogger("mpicdsgd")
+
+_FILE = re.compile(r"metrics\.g(\d{4,9})\.jsonl")
+_NUMBERS = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
+_TAGS = {  # TensorBoard's tag for a value at this place of a line
+    "loss/train": ("train_loss", "mean"),
+    "loss/test": ("test_loss", "mean"),
+    "accuracy/train": ("train_accuracy", "mean"),
+    "accuracy/test": ("test_accuracy", "mean"),
+    "accuracy/test_std_over_agents": ("test_accuracy", "std"),
+    "averaged_model/loss": ("averaged_model", "test_loss"),
+    "averaged_model/accuracy": ("averaged_model", "test_accuracy"),
+    "consensus/max": ("consensus", "max"),
+    "consensus/rms": ("consensus", "rms"),
+    "run/lr": ("lr",),
+    "run/time_s": ("time_s",),
+    "run/wait_s": ("wait_s",),
+    "run/bytes_sent": ("bytes_sent",),
+}
+
+
+class Metrics:
+    """The run's metrics file of this generation, open for lines. Local: one rank has it enabled.
+
+    The file ``metrics.gNNNN.jsonl`` begins with the lines up to ``resume_step`` of the generation
+    before; ``metrics.jsonl`` is a link to it. Append a step's line before that step's checkpoint is
+    written: a line that comes after is lost if the job ends between the two.
+
+    Args:
+        run_dir: the run's folder, which exists.
+        generation: this run's, from `runfolder.claim_generation`.
+        resume_step: the checkpoint's step; None: the run starts anew and so does the file.
+        enabled: False makes every method do nothing (all ranks but one).
+        tensorboard: also write scalars for TensorBoard, below ``tensorboard/gNNNN``.
+        resume_generation: the checkpoint's generation, whose lines go on; None: the newest before.
+
+    Raises:
+        UserError: the file cannot be written, or TensorBoard is asked for and not installed.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        generation: int,
+        resume_step: int | None = None,
+        enabled: bool = True,
+        *,
+        tensorboard: bool = False,
+        resume_generation: int | None = None,
+    ) -> None:
+        self._pending = b""
+        self._handle = -1
+        self._board: Any = None
+        if not enabled:
+            return
+        if tensorboard:
+            self._board = _tensorboard(run_dir / "tensorboard" / f"g{generation:04d}")
+        self.path = run_dir / f"metrics.g{generation:04d}.jsonl"
+        try:
+            kept = _kept(run_dir, generation, resume_step, resume_generation)
+            write_whole(self.path, b"".join(line + b"\n" for line, _ in kept))
+            self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            self._size_bytes = os.fstat(self._handle).st_size
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {reason(error)}") from None
+        swing_link(run_dir / "metrics.jsonl", self.path.name, generation)
+        for _, record in kept:
+            self._scalars(record)
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a line, on the disk when this returns. ``record["step"]`` is an int.
+
+        Where that fails (disk full) the log says so, training goes on, and the line is written
+        together with the next.
+        """
+        if self._handle < 0:
+            return
+        line = strict(record)
+        assert type(line.get("step")) is int, "a record has its step"
+        self._pending += json.dumps(line, allow_nan=False).encode() + b"\n"
+        try:
+            rest = memoryview(self._pending)
+            while rest:
+                rest = rest[os.write(self._handle, rest) :]
+            os.fsync(self._handle)
+            self._size_bytes += len(self._pending)
+            self._pending = b""
+        except OSError as error:
+            log.warning("%s: a line could not be written (%s)", self.path, reason(error))
+            with contextlib.suppress(OSError):
+                os.truncate(self._handle, self._size_bytes)  # no half line before the next
+        self._scalars(line)
+
+    def close(self) -> None:
+        """Close the file. A second time, it does nothing."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+    def _scalars(self, record: dict[str, Any]) -> None:
+        if self._board is None:
+            return
+        for tag, place in _TAGS.items():
+            value: Any = record
+            for key in place:
+                value = value.get(key) if isinstance(value, dict) else None
+            value = _NUMBERS.get(value, value) if isinstance(value, str) else value
+            if isinstance(value, (int, float)):
+                self._board.add_scalar(tag, value, record["step"])
+        self._board.flush()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file, or of a run's folder the newest file's, in their order. Local.
+
+    Damaged lines and a half last one are left out, and the log says how many.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            files = _files(path)
+            path = files[max(files)] if files else path / "metrics.jsonl"
+        if not is_regular(path):
+            raise UserError(f"there are no metrics at {path}: give a run's folder or metrics.jsonl")
+        return [_numbers(record) for _, record in _lines(path)]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}") from None
+
+
+def versions(mpi_library: str = "", kernel: str = "") -> dict[str, str]:
+    """What a result depends on: versions, the kernel, and the commit where run from a checkout.
+
+    Args:
+        mpi_library: what ``MPI.Get_library_version()`` says.
+        kernel: which kernel does the update.
+    """
+    found = {"python": platform.python_version()}
+    for package in ("mpicdsgd", "torch", "numpy", "mpi4py", "h5py"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = str(getattr(sys.modules.get(package), "__version__", "unknown"))
+    if mpi_library:
+        found["mpi"] = " ".join(mpi_library.replace("\0", " ").split())
+    if kernel:
+        found["kernel"] = kernel
+    if commit := _commit():
+        found["commit"] = commit
+    return found
+
+
+def _commit() -> str:
+    """The checkout's commit, "-dirty" if files differ; "" where the package is in no checkout."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(root), *words]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return ""
+        return done.stdout.strip()
+
+    # An installed package may lie inside a checkout that is the user's.
+    if not (root / ".git").exists() or not (commit := git("rev-parse", "HEAD")):
+        return ""
+    return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _files(run_dir: Path) -> dict[int, Path]:
+    names = os.listdir(run_dir)
+    return {int(match[1]): run_dir / match[0] for n in names if (match := _FILE.fullmatch(n))}
+
+
+def _kept(
+    run_dir: Path, generation: int, resume_step: int | None, resume_generation: int | None
+) -> list[tuple[bytes, dict[str, Any]]]:
+    """The lines that a resumed run goes on from."""
+    if resume_step is None:
+        return []
+    before = {g: path for g, path in _files(run_dir).items() if g < generation and is_regular(path)}
+    if not before:
+        return []
+    source = resume_generation if resume_generation in before else max(before)
+    return [(raw, line) for raw, line in _lines(before[source]) if line["step"] <= resume_step]
+
+
+def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Every sound line of a metrics file, raw and parsed."""
+    sound: list[tuple[bytes, dict[str, Any]]] = []
+    dropped = 0
+    for raw in path.read_bytes().split(b"\n"):
+        if not raw:
+            continue
+        try:
+            record = json.loads(raw)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            sound.append((raw, record))
+        else:
+            dropped += 1
+    if dropped:
+        log.warning("%s: %d damaged or half line(s) left out", path, dropped)
+    return sound
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    return _NUMBERS.get(value, value) if isinstance(value, str) else value
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            'TensorBoard is not installed: pip install "mpicdsgd[tensorboard]", '
+            "or leave it out of the config"
+        ) from None
+    try:
+        make: Any = SummaryWriter
+        return make(log_dir=str(folder))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {reason(error)}") from None

@@ -1,0 +1,418 @@
+"""A run: config, data, model, optimizer, metrics and checkpoints, and the loop over them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import random
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mpi4py import MPI
+
+from mpicdsgd import checkpoint, models, native, record, state
+from mpicdsgd import config as reading
+from mpicdsgd.agents import Agents, AgentsConfig
+from mpicdsgd.agreement import agree, agreement, collect
+from mpicdsgd.algorithms.choose import (
+    OptimConfig,
+    make_optimizer,
+    make_scheduler,
+    restore_schedule,
+)
+from mpicdsgd.data import DataConfig, Shuffler, load
+from mpicdsgd.errors import UserError
+from mpicdsgd.evaluate import _is_classification as is_classification
+from mpicdsgd.evaluate import evaluate
+from mpicdsgd.exchange import AgentFault, ExchangeConfig, Reason
+from mpicdsgd.measure import RunningMeans, accuracy, measure, ratio
+from mpicdsgd.models import ModelConfig
+from mpicdsgd.progress import Progress
+from mpicdsgd.specs import graph_from_spec, mixing_from_spec
+
+log = logging.getLogger("mpicdsgd")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Section ``[run]`` of a run's config."""
+
+    dir: str = ""  # "": runs/<name of the config file>
+    epochs: int = 10
+    seed: int = 0
+    evaluate_every: str = "1 epoch"  # or "50 steps", or "never": at the end only
+    checkpoint_every: str = "1 epoch"
+    evaluate_batch: int = 500  # samples at a time
+    evaluate_train: bool = False  # on the agent's whole share, not the epoch's running mean
+    resume: str = "auto"  # or "never": begin anew, as a new generation of the run
+    keep: int = 3  # checkpoints
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run's whole config."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    agents: AgentsConfig = field(default_factory=AgentsConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read ``path``, apply ``section.key=value`` overrides, fill in defaults. Local.
+
+    Raises:
+        UserError: see `mpicdsgd.config`.
+    """
+    tables = reading.read_toml(path)
+    reading.override(tables, overrides)
+    config = reading.fill(Config, tables)
+    if not config.run.dir:
+        run = dataclasses.replace(config.run, dir=str(Path("runs") / path.stem))
+        config = dataclasses.replace(config, run=run)
+    return config
+
+
+class Run:
+    """A run of one config on the ranks of ``comm``. Making it is collective, and so is `train`.
+
+    Raises:
+        UserError: on every rank, for anything wrong with config, files or run folder.
+    """
+
+    def __init__(self, config: Config, comm: MPI.Intracomm) -> None:
+        self.config = config
+        timeout_s = config.exchange.timeout_s
+        with agreement(comm, "topology and mixing", timeout_s):
+            graph = graph_from_spec(config.agents.topology, comm.size)
+            mixing = mixing_from_spec(config.agents.mixing, graph)
+            if config.agents.init not in ("broadcast", "local"):
+                raise UserError(
+                    f'agents.init must be "broadcast" or "local", got "{config.agents.init}"'
+                )
+            if config.run.resume not in ("auto", "never"):
+                raise UserError(f'run.resume must be "auto" or "never", got "{config.run.resume}"')
+            for name in ("epochs", "keep", "evaluate_batch"):
+                if getattr(config.run, name) < 1:
+                    raise UserError(f"run.{name} must be at least 1")
+        agents = Agents(comm, mixing, device=config.agents.device, timeout_s=timeout_s)
+        self.agents = agents
+        agents.require_same("the config", repr(config))
+        agents.share_cores(config.agents.threads)
+
+        seed = config.run.seed
+        with agents.agreement("data"):
+            self.data = load(config.data, seed, agents.rank, agents.size)
+            self.shuffler = Shuffler(
+                self.data.shares, agents.rank, config.data.batch_size, seed, config.data.drop_last
+            )
+            per_epoch = self.shuffler.steps_per_epoch
+            self.total_steps = config.run.epochs * per_epoch
+            self._evaluate_every = _steps("evaluate_every", config.run.evaluate_every, per_epoch)
+            self._save_every = _steps("checkpoint_every", config.run.checkpoint_every, per_epoch)
+        self._seed(0 if config.agents.init == "broadcast" else agents.rank + 1)
+        with agents.agreement("model"):
+            self.model = models.build(config.model, self.data.input_shape, self.data.classes)
+            self.loss_fn = models.loss_function(config.model)
+        if config.agents.init == "broadcast":
+            agents.broadcast(self.model)
+        self._seed(agents.rank + 1)
+        snapshot = self._open_folder()
+        buffers = [b for b in self.model.buffers() if b.dtype == torch.float32]
+        self.optimizer = make_optimizer(
+            config.optim,
+            self.model.parameters(),
+            agents,
+            config.exchange,
+            buffers if config.model.buffers == "mixed" else (),
+        )
+        with agents.agreement("schedule"):
+            self.scheduler = make_scheduler(config.optim, self.optimizer, self.total_steps)
+        self._start = time.monotonic()
+        self._before = {"time_s": 0.0, "wait_s": 0.0, "bytes_sent": 0.0}
+        self._means = RunningMeans()
+        self._last: dict[str, Any] | None = None
+        self._shown = ""
+        if snapshot is not None:
+            self._restore(snapshot)
+        self._saved_step = self.optimizer.steps if snapshot else None
+        first = agents.rank == 0
+        with agents.agreement("metrics file"):
+            self._metrics = record.Metrics(
+                self._dir,
+                agents.generation,
+                snapshot.step if snapshot else None,
+                first,
+                tensorboard=config.run.tensorboard,
+                resume_generation=snapshot.generation if snapshot else None,
+            )
+        self._progress = Progress(self.total_steps, first, done=self.optimizer.steps)
+
+    def train(self) -> dict[str, Any] | None:
+        """Train to the end. Collective. Returns the last line of metrics (None on ranks but 0).
+
+        Raises:
+            UserError: on every rank, where an agent's loss or parameters stop being finite.
+        """
+        try:
+            with self._progress:
+                while self.optimizer.steps < self.total_steps:
+                    self._epoch()
+        except AgentFault as fault:
+            raise self._as_mistake(fault) from None
+        self.optimizer.close()
+        self._metrics.close()
+        return self._last
+
+    def _epoch(self) -> None:
+        epoch, position = divmod(self.optimizer.steps, self.shuffler.steps_per_epoch)
+        if position == 0:
+            self._means = RunningMeans()
+        batches = self.shuffler.batches(epoch, position)
+        for inputs, targets in self.data.train.batches(batches, epoch):
+            self._step(inputs, targets)
+            done = self.optimizer.steps
+            at_end = done == self.total_steps
+            if at_end or (self._evaluate_every and done % self._evaluate_every == 0):
+                self._evaluate()
+            if at_end or (self._save_every and done % self._save_every == 0):
+                self._save()
+
+    def _step(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        optimizer, clip = self.optimizer, self.config.optim.clip_norm
+        self.model.train()
+        optimizer.zero_grad(set_to_none=True)
+        outputs = self.model(inputs)
+        loss = self.loss_fn(outputs, targets)
+        value = float(loss.detach())
+        if math.isfinite(value):
+            loss.backward()  # type: ignore[no-untyped-call]
+            if clip > 0:
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+            optimizer.step()
+        else:
+            optimizer.report(Reason.NON_FINITE_LOSS)
+            optimizer.mix()
+        self.scheduler.step()
+        right = -1
+        if is_classification(outputs, targets):
+            right = int((outputs.detach().argmax(1) == targets).sum())
+        self._means.add(value, right, len(targets))
+        loss_text = f"loss {ratio(self._means.loss_sum, self._means.count):.4f}"
+        self._progress.update(optimizer.steps, f"{loss_text}{self._shown}")
+
+    def _evaluate(self) -> None:
+        self._no_fault("evaluation")
+        config, data = self.config.run, self.data
+        training = self._means.values()
+        if config.evaluate_train:
+            with self.optimizer.evaluating():
+                loss, right, count = evaluate(
+                    self.model, data.train, self.loss_fn, config.evaluate_batch
+                )
+            training = (ratio(loss, count), accuracy(right, count))
+        measured = measure(
+            self.agents,
+            self.optimizer,
+            self.model,
+            data.test,
+            self.loss_fn,
+            config.evaluate_batch,
+            training,
+        )
+        sums = np.array([self._bytes(), self._wait_s()], dtype=np.float64)
+        self.agents.comm.Allreduce(MPI.IN_PLACE, sums, MPI.SUM)
+        done = self.optimizer.steps
+        line = {
+            "step": done,
+            "epoch": done / self.shuffler.steps_per_epoch,
+            "time_s": self._time_s(),
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
+            **measured,
+            "bytes_sent": int(sums[0]) // self.agents.size,
+            "wait_s": sums[1] / self.agents.size,
+        }
+        self._last = line
+        self._metrics.append(line)
+        test, average = line["test_accuracy"], line["averaged_model"]
+        self._shown = f"  test accuracy {test['mean']:.4f}"
+        self._progress.line(
+            f"epoch {line['epoch']:g}  step {done}/{self.total_steps}  "
+            f"train loss {line['train_loss']['mean']:.4f}  test loss "
+            f"{line['test_loss']['mean']:.4f}  test accuracy {test['mean']:.4f} "
+            f"(std {test['std']:.4f}, averaged model {average['test_accuracy']:.4f})  "
+            f"consensus distance {line['consensus']['max']:.2e}  {line['time_s']:.0f} s"
+        )
+
+    def _save(self) -> None:
+        self._no_fault("checkpoint")
+        meta = {
+            "random": state.capture_random(),
+            "means": dataclasses.asdict(self._means),
+            "scheduler": _plain(self.scheduler.state_dict()),
+            "groups": [{k: v for k, v in g.items() if k != "params"}
+                       for g in self.optimizer.param_groups],
+            "time_s": self._time_s(),
+            "wait_s": self._wait_s(),
+            "bytes_sent": self._bytes(),
+            "last": self._last,
+        }  # fmt: skip
+        snapshot = checkpoint.Snapshot(
+            step=self.optimizer.steps,
+            arrays=state.capture_arrays(self.optimizer, self.model),
+            meta=_plain(meta),
+            shared=self._shared,
+        )
+        checkpoint.write(
+            self._dir, self.agents.generation, snapshot, self.agents.comm, self.config.run.keep
+        )
+        self._saved_step = self.optimizer.steps
+
+    def _no_fault(self, where: str) -> None:
+        """Raise a fault found by any agent before going into other collectives. Collective."""
+        fault = self.optimizer.exchange.fault
+        error = self._as_mistake(AgentFault(fault)) if fault.reason else None
+        agree(self.agents.comm, where, error, self.agents.timeout_s)
+
+    def _as_mistake(self, fault: AgentFault) -> UserError:
+        kept = (
+            "there is no checkpoint yet"
+            if self._saved_step is None
+            else f"the checkpoint of step {self._saved_step} is kept"
+        )
+        error = UserError(f"{fault}; {kept} in {self._dir}")
+        error.raised_on_all_ranks = True
+        return error
+
+    def _open_folder(self) -> checkpoint.Snapshot | None:
+        """Find the checkpoint to go on from, claim a generation, write the config. Collective."""
+        config, agents = self.config, self.agents
+        self._dir = Path(config.run.dir)
+        self._shared = {
+            "config": dataclasses.asdict(config),
+            "Pi": agents.mixing.digest,
+            "parameters": [[n, list(p.shape)] for n, p in self.model.named_parameters()],
+            "steps_per_epoch": self.shuffler.steps_per_epoch,
+            "versions": record.versions(MPI.Get_library_version(), native.backend),
+        }
+        snapshot = None
+        if config.run.resume == "auto":
+            snapshot = checkpoint.read_newest(self._dir, agents.comm, self._expect)
+        hosts = collect(agents.comm, "hosts", MPI.Get_processor_name(), agents.timeout_s)
+        generation = 0
+        with agents.agreement("run folder"):
+            if agents.rank == 0:
+                generation = checkpoint.claim_generation(self._dir)
+                header = {
+                    **self._shared["versions"],
+                    "hosts": ", ".join(hosts),
+                    "threads per rank": torch.get_num_threads(),
+                    "resumed from step": snapshot.step if snapshot else "none",
+                }
+                path = self._dir / f"config.g{generation:04d}.toml"
+                try:
+                    reading.write_toml(config, path, header)
+                except OSError as error:
+                    raise UserError(f"cannot write {path}: {error.strerror}") from None
+        agents.generation = agents.comm.bcast(generation, root=0)
+        return snapshot
+
+    def _expect(self, shared: dict[str, Any]) -> None:
+        """Raise a UserError if a checkpoint's ``shared`` is of another model or data. Local."""
+        remedy = 'set run.dir to another folder or run.resume = "never"'
+        for key, what in (
+            ("parameters", f"model ({self.config.model.name} now)"),
+            ("steps_per_epoch", "data set, batch size or number of samples"),
+        ):
+            if shared.get(key) != self._shared[key]:
+                raise UserError(f"the checkpoint in {self._dir} is of another {what}: {remedy}")
+        then = shared.get("config")
+        optim = then.get("optim") if isinstance(then, dict) else None
+        if not isinstance(optim, dict) or any(
+            optim.get(k) != getattr(self.config.optim, k) for k in ("name", "nesterov")
+        ):
+            raise UserError(
+                f"the checkpoint in {self._dir} is of another algorithm than optim.name = "
+                f'"{self.config.optim.name}": {remedy}'
+            )
+        if self.agents.rank == 0:
+            for key in _differences(then, self._shared["config"]):
+                log.warning("%s is not what it was before this checkpoint", key)
+
+    def _restore(self, snapshot: checkpoint.Snapshot) -> None:
+        """Go on from ``snapshot``. Collective."""
+        meta, optimizer = snapshot.meta, self.optimizer
+        with self.agents.agreement("the checkpoint's arrays"):
+            state.check(optimizer, self.model, snapshot.arrays)
+        state.restore(optimizer, self.model, snapshot.step, snapshot.arrays, meta["random"])
+        self._means = RunningMeans(**meta["means"])
+        self._last = meta["last"]
+        for key in self._before:
+            self._before[key] = float(meta[key])
+        # What this start has sent already, the run had sent before: the count goes on exactly.
+        self._before["bytes_sent"] -= optimizer.exchange.bytes_sent
+        restore_schedule(
+            self.scheduler,
+            optimizer,
+            meta["scheduler"],
+            meta["groups"] if snapshot.shared["config"]["optim"] == self._optim() else None,
+        )
+        if self.agents.rank == 0:
+            log.info("going on from step %d in %s", snapshot.step, self._dir)
+
+    def _optim(self) -> dict[str, Any]:
+        return _plain(dataclasses.asdict(self.config.optim))  # type: ignore[no-any-return]
+
+    def _seed(self, stream: int) -> None:
+        seed = int(np.random.SeedSequence([self.config.run.seed, stream]).generate_state(1)[0])
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+
+    def _time_s(self) -> float:
+        return self._before["time_s"] + time.monotonic() - self._start
+
+    def _wait_s(self) -> float:
+        return self._before["wait_s"] + self.optimizer.exchange.wait_s
+
+    def _bytes(self) -> float:
+        return self._before["bytes_sent"] + self.optimizer.exchange.bytes_sent
+
+
+def _steps(name: str, text: str, steps_per_epoch: int) -> int:
+    """``"2 epochs"`` or ``"50 steps"`` in steps; 0 for ``"never"``."""
+    if text == "never":
+        return 0
+    found = re.fullmatch(r"([1-9][0-9]{0,8}) *(epoch|step)s?", text.strip())
+    if found is None:
+        raise UserError(f'run.{name} must be like "1 epoch", "50 steps" or "never", got "{text}"')
+    return int(found[1]) * (steps_per_epoch if found[2] == "epoch" else 1)
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON would give it back."""
+    return json.loads(json.dumps(value))
+
+
+def _differences(then: Any, now: Any, where: str = "") -> list[str]:
+    """Keys in which two configs differ, with both values; what a restart may change is left out."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        keys = [k for k in now if f"{where}{k}" not in _FREE]
+        return [d for k in keys for d in _differences(then.get(k), now[k], f"{where}{k}.")]
+    if _plain(then) == _plain(now):
+        return []
+    return [f"{where[:-1]} = {now!r} (was {then!r})"]
+
+
+_FREE = ("run.dir", "run.resume", "run.keep", "run.epochs", "run.tensorboard", "data.path")

@@ -1,0 +1,74 @@
+"""Everything that a run must keep to go on bit by bit as if it had never stopped."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mpicdsgd.errors import UserError
+from mpicdsgd.optim import AgentOptimizer
+
+# What p publishes is Q(x) after every step, so it is written anew at a restart and not stored.
+
+
+def capture_arrays(optimizer: AgentOptimizer, model: torch.nn.Module) -> dict[str, NDArray[Any]]:
+    """The agent's arrays: x, v (and y), buffers outside the arena, random generators. Local."""
+    arrays: dict[str, NDArray[Any]] = dict(optimizer.arrays())
+    for name, buffer in local_buffers(optimizer, model).items():
+        arrays[f"buffers/{name}"] = buffer.detach().cpu().numpy()
+    legacy: Any = np.random.get_state()
+    arrays["random/torch"] = torch.get_rng_state().numpy()
+    arrays["random/numpy"] = legacy[1]
+    return arrays
+
+
+def capture_random() -> dict[str, Any]:
+    """The parts of the generators' states that are no arrays, as JSON. Local."""
+    legacy: Any = np.random.get_state()
+    version, words, gauss = random.getstate()
+    return {
+        "numpy": [legacy[0], int(legacy[2]), int(legacy[3]), float(legacy[4])],
+        "python": [version, list(words), gauss],
+    }
+
+
+def check(
+    optimizer: AgentOptimizer, model: torch.nn.Module, arrays: dict[str, NDArray[Any]]
+) -> None:
+    """Raise a UserError unless ``arrays`` has everything that `restore` takes from it. Local."""
+    wanted = capture_arrays(optimizer, model)
+    for name, array in wanted.items():
+        if name not in arrays or arrays[name].shape != array.shape:
+            raise UserError(
+                f"the checkpoint has no {name} of shape {array.shape}: it is of another model or "
+                'algorithm; set run.dir to another folder or run.resume = "never"'
+            )
+
+
+def restore(
+    optimizer: AgentOptimizer,
+    model: torch.nn.Module,
+    steps: int,
+    arrays: dict[str, NDArray[Any]],
+    generators: dict[str, Any],
+) -> None:
+    """Take over what the two functions above gave after ``steps`` steps. Collective (publishes)."""
+    optimizer.load_arrays(steps, arrays)
+    with torch.no_grad():
+        for name, buffer in local_buffers(optimizer, model).items():
+            buffer.copy_(torch.from_numpy(np.array(arrays[f"buffers/{name}"])))
+    torch.set_rng_state(torch.from_numpy(np.array(arrays["random/torch"])))
+    kind, position, has_gauss, gauss = generators["numpy"]
+    np.random.set_state((kind, arrays["random/numpy"], position, has_gauss, gauss))
+    version, words, next_gauss = generators["python"]
+    random.setstate((version, tuple(words), next_gauss))
+
+
+def local_buffers(optimizer: AgentOptimizer, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's buffers that are not mixed and so not in the arena, by name. Local."""
+    mixed = {id(tensor) for tensor in optimizer.arena.tensors}
+    return {name: b for name, b in model.named_buffers() if id(b) not in mixed}

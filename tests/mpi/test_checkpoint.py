@@ -1,0 +1,152 @@
+"""Checkpoints over MPI: all ranks write, read, fail and refuse together."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from mpicdsgd import checkpoint
+from mpicdsgd.checkpoint import Snapshot
+from mpicdsgd.errors import UserError
+
+sizes = pytest.mark.parallel([1, 2, 4, 5])
+
+
+@pytest.fixture
+def comm() -> Iterator[MPI.Intracomm]:
+    comm = MPI.COMM_WORLD.Dup()
+    yield comm
+    comm.Free()
+
+
+@pytest.fixture
+def run(comm: MPI.Intracomm) -> Iterator[Path]:
+    """A folder that all ranks see."""
+    path = Path(comm.bcast(tempfile.mkdtemp() if comm.rank == 0 else None))
+    yield path
+    comm.barrier()
+    if comm.rank == 0:
+        shutil.rmtree(path)
+
+
+def snapshot(step: int, rank: int) -> Snapshot:
+    rng = np.random.default_rng([step, rank])
+    arrays = {"x": rng.normal(size=5000).astype(np.float32), "sampler": np.arange(rank)}
+    return Snapshot(step, arrays, {"rank": rank}, {"model": "m"})
+
+
+def write(run: Path, comm: MPI.Intracomm, generation: int, *steps: int) -> list[Path | None]:
+    """Write checkpoints, and wait for rank 0, which prunes when the others have gone on."""
+    result = [
+        checkpoint.write(run, generation, snapshot(step, comm.rank), comm, 3) for step in steps
+    ]
+    comm.barrier()
+    return result
+
+
+def read(run: Path, comm: MPI.Intracomm) -> int | None:
+    found = checkpoint.read_newest(run, comm, lambda shared: None)
+    if found is None:
+        return None
+    expected = snapshot(found.step, comm.rank)
+    assert found.meta == expected.meta
+    assert found.arrays.keys() == expected.arrays.keys()
+    assert all(np.array_equal(found.arrays[name], a) for name, a in expected.arrays.items())
+    assert comm.allgather(found.step) == [found.step] * comm.size
+    return found.step
+
+
+def only(comm: MPI.Intracomm, rank: int) -> bool:
+    """Whether this is the rank that acts, once all have come here."""
+    comm.barrier()
+    return comm.rank == rank
+
+
+@sizes
+def test_round_trip_and_keep(run: Path, comm: MPI.Intracomm) -> None:
+    assert read(run, comm) is None
+    assert all(write(run, comm, 1, 10, 20, 30, 40))
+    folders = sorted(os.listdir(run / "checkpoints"))
+    assert folders == ["step-00000020", "step-00000030", "step-00000040"]
+    assert len(os.listdir(run / "checkpoints" / folders[0])) == comm.size + 2
+    assert read(run, comm) == 40
+    with h5py.File(run / "checkpoints" / folders[2] / "index.g0001.h5", locking=False) as index:
+        for rank in range(comm.size):
+            assert np.array_equal(index["arrays/x"][rank], snapshot(40, rank).arrays["x"])
+
+
+@sizes
+def test_damage_on_one_rank_sends_all_back(
+    run: Path, comm: MPI.Intracomm, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(run, comm, 1, 10, 20)
+    last = comm.size - 1
+    if only(comm, 0):
+        path = run / "checkpoints" / "step-00000020" / f"rank-{last:04d}.g0001.h5"
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data)
+    comm.barrier()
+    assert read(run, comm) == 10
+    said = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(said) == (1 if comm.rank == 0 else 0), "said once in the job"
+    assert all(f"rank-{last:04d}.g0001.h5" in text for text in said)
+
+
+@sizes
+def test_a_rank_that_cannot_write_is_everybodys(
+    run: Path, comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(run, comm, 1, 10)
+    last = comm.size - 1
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if comm.rank == last:
+            patch.setattr(os, "fsync", full)
+        assert write(run, comm, 1, 20) == [None]
+    assert os.listdir(run / "checkpoints") == ["step-00000010"]
+    assert read(run, comm) == 10
+
+
+@sizes
+def test_refusals_reach_every_rank(run: Path, comm: MPI.Intracomm) -> None:
+    write(run, comm, 1, 10)
+
+    def expect(shared: dict[str, Any]) -> None:
+        if comm.rank == comm.size - 1:
+            raise UserError(f"the checkpoint is of model {shared['model']}")
+
+    with pytest.raises(UserError, match="of model m"):
+        checkpoint.read_newest(run, comm, expect)
+    alone = comm.Split(comm.rank)
+    if comm.size > 1:
+        with pytest.raises(UserError, match=f"of {comm.size} agents, the job has 1 ranks"):
+            checkpoint.read_newest(run, alone, lambda shared: None)
+    alone.Free()
+    if only(comm, 0):
+        for path in (run / "checkpoints" / "step-00000010").glob("index.*"):
+            path.unlink()
+    comm.barrier()
+    with pytest.raises(UserError, match=r"none of the 1 checkpoints .*index\.g0001\.h5: missing"):
+        checkpoint.read_newest(run, comm, lambda shared: None)
+
+
+@sizes
+def test_claim_by_one_rank(run: Path, comm: MPI.Intracomm) -> None:
+    claims = [
+        comm.bcast(checkpoint.claim_generation(run) if comm.rank == 0 else None) for _ in range(3)
+    ]
+    assert claims == [1, 2, 3]

@@ -1,0 +1,115 @@
+"""Generations are claimed once, and files appear whole or not at all."""
+
+import json
+import math
+import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpicdsgd import runfolder
+from mpicdsgd.errors import UserError
+
+
+def test_generations_are_consecutive(tmp_path: Path) -> None:
+    run = tmp_path / "a" / "b"
+    assert [runfolder.claim_generation(run) for _ in range(3)] == [1, 2, 3]
+    assert sorted(os.listdir(run)) == ["generation-0001", "generation-0002", "generation-0003"]
+    assert json.loads((run / "generation-0002").read_text())["pid"] == os.getpid()
+
+
+def test_claimers_at_once_get_different_generations(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        claimed = list(pool.map(lambda _: runfolder.claim_generation(tmp_path), range(48)))
+    assert sorted(claimed) == list(range(1, 49))
+
+
+def test_claim_does_not_trust_what_it_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "generation-0001").touch()
+    monkeypatch.setattr(runfolder, "newest_generation", lambda run: 0)
+    assert runfolder.claim_generation(tmp_path) == 2
+
+
+def test_claim_goes_beyond_files_whose_claim_was_deleted(tmp_path: Path) -> None:
+    (tmp_path / "metrics.g0007.jsonl").touch()
+    assert runfolder.claim_generation(tmp_path) == 8
+
+
+def test_claim_where_a_file_is_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    for run in (tmp_path / "run", tmp_path / "run" / "below", Path("/proc/nowhere")):
+        with pytest.raises(UserError, match=r"cannot be made or written .*run\.dir") as caught:
+            runfolder.claim_generation(run)
+        assert "\n" not in str(caught.value)
+
+
+def test_write_whole_replaces(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for data in (b"one", b"two and more", b""):
+        runfolder.write_whole(path, data)
+        assert path.read_bytes() == data
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_write_whole_that_fails_leaves_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    runfolder.write_whole(path, b"old")
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        runfolder.write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_link_is_relative_and_swings(tmp_path: Path) -> None:
+    link = tmp_path / "metrics.jsonl"
+    for generation in (1, 2):
+        runfolder.swing_link(link, f"metrics.g{generation:04d}.jsonl", generation)
+        assert os.readlink(link) == f"metrics.g{generation:04d}.jsonl"
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_link_leaves_a_users_file(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("mine")
+    runfolder.swing_link(tmp_path / "metrics.jsonl", "metrics.g0001.jsonl", 1)
+    assert (tmp_path / "metrics.jsonl").read_text() == "mine"
+
+
+def test_only_plain_files_are_regular(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    assert stat.S_ISFIFO((tmp_path / "fifo").stat().st_mode)
+    names = ("fifo", "file", "link", "none", "nul\0")
+    found = {name for name in names if runfolder.is_regular(tmp_path / name)}
+    assert found == {"file", "link"}
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(values)
+def test_strict_is_strict(value: object) -> None:
+    json.dumps(runfolder.strict(value), allow_nan=False)
+
+
+def test_strict_values() -> None:
+    given = {"a": (math.nan, math.inf, -math.inf, 1.5), "b": np.float32(2), "c": np.arange(2)}
+    expected = {"a": ["NaN", "Infinity", "-Infinity", 1.5], "b": 2.0, "c": [0, 1]}
+    assert runfolder.strict(given) == expected

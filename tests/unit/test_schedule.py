@@ -1,0 +1,67 @@
+"""Schedules against their formulas; the specs that name them."""
+
+import contextlib
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpicdsgd import schedule
+from mpicdsgd.errors import UserError
+
+
+@pytest.mark.parametrize("k", [0, 1, 7, 1000])
+def test_factors(k: int) -> None:
+    assert schedule.parse("fixed", 10)(k) == 1
+    assert schedule.parse("diminishing:0.6", 10)(k) == pytest.approx(1 / (k + 1) ** 0.6)
+    assert schedule.parse("inverse-sqrt:1e-4", 10)(k) == pytest.approx(1 / math.sqrt(1 + 1e-4 * k))
+
+
+def test_cosine_falls_from_one_to_zero_and_stays() -> None:
+    factor = schedule.parse("cosine", 8)
+    assert [factor(k) for k in (0, 4, 8, 9)] == pytest.approx([1, 0.5, 0, 0])
+    assert all(factor(k + 1) < factor(k) for k in range(8))
+
+
+@given(st.floats(0.5, 1, exclude_min=True), st.integers(0, 10**6))
+def test_factors_never_grow(exponent: float, k: int) -> None:
+    for spec in ("fixed", f"diminishing:{exponent!r}", "inverse-sqrt:0.01", "cosine"):
+        factor = schedule.parse(spec, 10**6)
+        assert 0 <= factor(k + 1) <= factor(k) <= factor(0) == 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("", "allowed are fixed, diminishing:E"),
+        ("fixed:1", "allowed are fixed"),
+        ("cosine:3", "allowed are fixed"),
+        ("diminishing", "allowed are fixed"),
+        ("diminishing:", "needs a number"),
+        ("diminishing:fast", "needs a number after the colon, got 'fast'"),
+        ("diminishing:0.5", "in (0.5, 1], got 0.5"),
+        ("diminishing:1.01", "in (0.5, 1], got 1.01"),
+        ("diminishing:nan", "in (0.5, 1], got nan"),
+        ("inverse-sqrt:-1", "finite decay >= 0, got -1"),
+        ("inverse-sqrt:inf", "finite decay >= 0, got inf"),
+        ("exponential:0.9", "unknown schedule 'exponential:0.9'"),
+        ("a\nb", "unknown schedule"),
+    ],
+)
+def test_mistakes(spec: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        schedule.parse(spec, 10)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_cosine_needs_steps() -> None:
+    with pytest.raises(UserError, match="at least one step"):
+        schedule.parse("cosine", 0)
+
+
+@given(st.text(max_size=20))
+def test_any_text_is_a_schedule_or_a_user_error(spec: str) -> None:
+    with contextlib.suppress(UserError):
+        assert schedule.parse(spec, 5)(0) == 1
