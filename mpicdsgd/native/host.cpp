@@ -185,7 +185,7 @@ const Isa& isa_by_name(const std::string& name) {
 
 bool update(nb::handle out, nb::handle z, nb::handle at, nb::handle v, nb::handle y, nb::handle p,
             nb::handle q, nb::sequence neighbours, nb::handle weights, nb::handle segments,
-            const std::string& wire, int threads, const std::string& isa_name) {
+            const std::string& wire, int threads, const std::string& isa_name, int stream) {
   int wire_code = FLOAT32;
   if (wire == "bfloat16") wire_code = BFLOAT16;
   else if (wire == "float16") wire_code = FLOAT16;
@@ -209,7 +209,8 @@ bool update(nb::handle out, nb::handle z, nb::handle at, nb::handle v, nb::handl
   if ((array = array_if_given(written, y, "y", "f", true, size))) pass.y = array->data<float>();
   if ((array = array_if_given(written, p, "p", stored, true, size))) {
     pass.p = array->data<void>();
-    pass.stream = std::int64_t(array->end() - array->address()) >= STREAM_FROM;
+    const auto bytes = std::int64_t(array->end() - array->address());
+    pass.stream = stream < 0 ? bytes >= STREAM_FROM : stream > 0;
   }
   if ((array = array_if_given(read, q, "q", stored, false, size))) {
     pass.q = array->data<const void>();
@@ -255,5 +256,6 @@ NB_MODULE(_native, m) {
         nb::arg("at").none(), nb::arg("v").none(), nb::arg("y").none(), nb::arg("p").none(),
         nb::arg("q").none(), nb::arg("neighbours"), nb::arg("weights").none(),
         nb::arg("segments").none(), nb::arg("wire"), nb::arg("threads"), nb::arg("isa") = "",
+        nb::arg("stream") = -1,
         "The fused update; see mpicdsgd.native.update. Raises ValueError.");
 }

@@ -134,7 +134,7 @@ def _gradient(s: np.void) -> NDArray[np.float32] | None:
     if s["grad"] == 0 or s["length"] == 0:
         return None
     memory = (ctypes.c_float * int(s["length"])).from_address(int(s["grad"]))
-    return np.frombuffer(memory, np.float32)
+    return np.ctypeslib.as_array(memory)
 
 
 def _check(
@@ -149,7 +149,7 @@ def _check(
     stored = WIRES[wire]
     _check_array("z", z, np.float32)
     size = z.size
-    read = {"z": z, "at": at, "q": q} | {f"neighbours[{l}]": n for l, n in enumerate(neighbours)}
+    read = {"z": z, "at": at, "q": q} | {f"neighbours[{i}]": n for i, n in enumerate(neighbours)}
     written = {"out": out, "v": v, "y": y, "p": p}
     read = {k: a for k, a in read.items() if a is not None or k != "q"}
     written = {k: a for k, a in written.items() if a is not None or k == "out"}

@@ -1,0 +1,42 @@
+"""MPI tests: ``mpiexec -n N python -m pytest tests/mpi``, for any N; ``tests/run.sh`` takes 1, 2, 4, 5.
+
+A test that fails on one rank alone would leave the others in a collective call, so the first
+failure prints its report and ends all ranks.
+"""
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+from mpi4py import MPI
+
+from mpicdsgd import shutdown
+
+
+def pytest_report_header() -> str:
+    name, version = MPI.get_vendor()
+    return f"{name} {'.'.join(map(str, version))}, {MPI.COMM_WORLD.size} ranks"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if MPI.COMM_WORLD.rank != 0:
+        reporter = config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None:
+            config.pluginmanager.unregister(reporter)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed and MPI.COMM_WORLD.size > 1:
+        text = f"\n[rank {MPI.COMM_WORLD.rank}] {report.nodeid} ({report.when}):\n"
+        sys.__stderr__.write(f"{text}{report.longreprtext}\n{report.capstderr}\n")
+        shutdown.abort(1)
+
+
+@pytest.fixture
+def comm() -> Iterator[MPI.Intracomm]:
+    """A communicator of the test's own; all ranks meet before the test and after it."""
+    own = MPI.COMM_WORLD.Dup()
+    own.Barrier()
+    yield own
+    own.Barrier()
+    own.Free()
