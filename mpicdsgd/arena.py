@@ -149,7 +149,7 @@ class Arena:
 
     def checksum(self) -> int:
         """CRC-32 of the parameters' bytes (not the buffers', which a forward pass writes)."""
-        return zlib.crc32(self.numpy[: self.parameters_end])
+        return zlib.crc32(self.numpy[: self.parameters_end].data)
 
     def fill_segments(self, coefficients: Sequence[Coefficients]) -> int:
         """Write gradients and coefficients, one for each parameter, into `segments`.

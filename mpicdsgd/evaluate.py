@@ -54,7 +54,7 @@ def evaluate(
                 targets = targets.to(device)
                 outputs = model(inputs.to(device))
                 loss_sum += loss_fn(outputs, targets).double() * len(targets)
-                counted = counted and _is_classification(outputs, targets)
+                counted = counted and is_classification(outputs, targets)
                 if counted:
                     correct += (outputs.argmax(dim=1) == targets).sum()
     finally:
@@ -63,7 +63,8 @@ def evaluate(
     return loss_sum.item(), int(correct.item()) if counted else -1, count
 
 
-def _is_classification(outputs: Tensor, targets: Tensor) -> bool:
+def is_classification(outputs: Tensor, targets: Tensor) -> bool:
+    """Whether accuracy has a meaning: floating outputs (B, K >= 2), int64 targets (B,)."""
     return (
         isinstance(outputs, Tensor)
         and outputs.is_floating_point()
@@ -72,3 +73,6 @@ def _is_classification(outputs: Tensor, targets: Tensor) -> bool:
         and targets.dtype == torch.int64
         and targets.shape == outputs.shape[:1]
     )
+
+
+_is_classification = is_classification

@@ -71,6 +71,7 @@ class AgentOptimizer(torch.optim.Optimizer):
     ) -> None:
         self.agents = agents
         self.steps = 0
+        self._is_open = False
         self._rounds = rounds
         self._buffers = list(buffers)
         self._config = exchange or ExchangeConfig()
@@ -294,7 +295,9 @@ class AgentOptimizer(torch.optim.Optimizer):
         self._fill_state()
         for parameter in self.arena.parameters:
             if parameter.requires_grad:
-                hook = parameter.register_post_accumulate_grad_hook(self._progress)
+                hook = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    self._progress
+                )
                 self._hooks.append(hook)
         self._is_open = True
         self._publish()

@@ -299,12 +299,13 @@ class Run:
         """Find the checkpoint to go on from, claim a generation, write the config. Collective."""
         config, agents = self.config, self.agents
         self._dir = Path(config.run.dir)
-        self._shared = {
+        versions = record.versions(MPI.Get_library_version(), native.backend)
+        self._shared: dict[str, Any] = {
             "config": dataclasses.asdict(config),
             "Pi": agents.mixing.digest,
             "parameters": [[n, list(p.shape)] for n, p in self.model.named_parameters()],
             "steps_per_epoch": self.shuffler.steps_per_epoch,
-            "versions": record.versions(MPI.Get_library_version(), native.backend),
+            "versions": versions,
         }
         snapshot = None
         if config.run.resume == "auto":
@@ -315,7 +316,7 @@ class Run:
             if agents.rank == 0:
                 generation = checkpoint.claim_generation(self._dir)
                 header = {
-                    **self._shared["versions"],
+                    **versions,
                     "hosts": ", ".join(hosts),
                     "threads per rank": torch.get_num_threads(),
                     "resumed from step": snapshot.step if snapshot else "none",

@@ -54,7 +54,11 @@ def make_optimizer(
     common: dict[str, Any] = {
         "agents": agents, "buffers": buffers, "exchange": exchange, "debug": config.debug,
     }  # fmt: skip
-    own = {"lr": config.lr, "weight_decay": config.weight_decay, "rounds": config.rounds}
+    own: dict[str, Any] = {
+        "lr": config.lr,
+        "weight_decay": config.weight_decay,
+        "rounds": config.rounds,
+    }
     if ":" in config.name:
         if config.rounds != 1:
             raise UserError(f"optim.rounds = {config.rounds} is for {' and '.join(NAMES)} only")

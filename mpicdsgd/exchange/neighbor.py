@@ -56,7 +56,7 @@ class NeighborExchange:
     """
 
     def __init__(self, agents: Agents, size: int, wire: str, timeout_s: float) -> None:
-        self._comm: MPI.Intracomm = agents.comm.Create_dist_graph_adjacent(
+        self._comm: MPI.Distgraphcomm = agents.comm.Create_dist_graph_adjacent(
             list(agents.sources), list(agents.destinations), reorder=False
         )
         self._all: MPI.Intracomm = agents.comm.Dup()

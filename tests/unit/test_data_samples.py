@@ -33,7 +33,7 @@ PARTS = [np.array([3, 1]), np.array([0, 2, 5]), np.array([4])]
 def global_states():
     return (
         torch.get_rng_state().tolist(),
-        [str(part) for part in np.random.get_state()],
+        [np.asarray(part).tolist() for part in np.random.get_state()],
         random.getstate(),
     )
 

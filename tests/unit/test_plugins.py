@@ -38,6 +38,7 @@ def test_loads_from_the_current_directory(here):
         ("a:b:c", "not of the form"),
         ("../users_module:make", "not of the form"),
         ("users_modul:make", "no module users_modul in "),
+        ("users_pack.sub:make", "no module users_pack in "),
         ("users_module.sub:make", "no module users_module.sub in "),
         ("users_module:maek", "users_module has no maek: did you mean make?"),
         ("users_module:make.x", "users_module:make has no x"),

@@ -1,0 +1,243 @@
+"""How close is the fused update to memory's speed, and how far ahead of NumPy and torch?
+
+One pass with momentum, float32, for agents with 0 to 16 neighbours, against the plain NumPy
+expression, torch in place and torch's foreach functions, all in one process and on the same
+threads (NumPy has one). The yardstick is STREAM's triad, the faster of ordinary and streaming
+stores. Bytes are those that no implementation can avoid: (degree + 6) * 4 per parameter.
+
+    python bench/kernel.py [--quick] [--out FILE] [--threads N]
+"""
+
+import argparse
+import ctypes
+import json
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpicdsgd import native
+
+HERE = Path(__file__).parent
+DEGREES = (0, 1, 2, 3, 4, 6, 8, 9, 12, 16)
+COMPARED = (2, 4, 8)  # degrees at which NumPy and torch run too: they are slow
+ALPHA, MU = 0.01, 0.9
+LR_SCALE = np.float32(ALPHA)
+
+
+def aligned(size: int) -> np.ndarray:
+    """Float32 values on a 64-byte boundary, touched."""
+    raw = np.zeros(4 * size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    x = raw[start : start + 4 * size].view(np.float32)
+    x[:] = 0.5
+    return x
+
+
+def compile_triad(folder: str) -> ctypes.CDLL | None:
+    """The triad as a library, or None where there is no compiler or no x86."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        return None
+    library = Path(folder, "triad.so")
+    flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+    source = str(HERE / "triad.cpp")
+    if subprocess.run([compiler, *flags, source, "-o", str(library)], check=False).returncode:
+        return None
+    triad = ctypes.CDLL(str(library))
+    for function in (triad.triad, triad.triad_streaming):
+        function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_float, ctypes.c_long, ctypes.c_int]
+        function.restype = None
+    return triad
+
+
+class Buffers:
+    """One agent's buffers and its neighbours'."""
+
+    def __init__(self, size: int, degree: int) -> None:
+        self.x, self.v, self.g, self.p = (aligned(size) for _ in range(4))
+        self.near = [aligned(size) for _ in range(degree)]
+        self.segments = np.zeros(1, native.SEGMENT)
+        self.segments["length"], self.segments["grad"] = size, self.g.ctypes.data
+        self.segments["alpha"], self.segments["mu"] = ALPHA, MU
+        self.segments["c_v"], self.segments["c_g"] = MU, 1.0
+
+
+def fused(b: Buffers, degree: int, threads: int) -> None:
+    weights = np.full(degree, 1 / (degree + 1), np.float32)
+    native.update(b.x, b.x, at=b.x, v=b.v, y=None, p=b.p, q=None, neighbours=b.near[:degree],
+                  weights=weights, segments=b.segments, wire="float32",
+                  threads=threads)  # fmt: skip
+
+
+def numpy_plain(b: Buffers, degree: int) -> None:
+    w, alpha, mu = np.float32(1 / (degree + 1)), np.float32(ALPHA), np.float32(MU)
+    step = alpha * b.g
+    b.v[:] = mu * b.v - step
+    b.x[:] = b.x + sum(w * (p - b.x) for p in b.near[:degree]) + mu * b.v - step
+    b.p[:] = b.x
+
+
+def torch_in_place(b: Buffers, degree: int) -> None:
+    x, v, g, p = (torch.from_numpy(a) for a in (b.x, b.v, b.g, b.p))
+    w = 1 / (degree + 1)
+    v.mul_(MU).add_(g, alpha=-ALPHA)
+    p.copy_(x)
+    x.mul_(1 - degree * w)
+    for near in b.near[:degree]:
+        x.add_(torch.from_numpy(near), alpha=w)
+    x.add_(v, alpha=MU).add_(g, alpha=-ALPHA)
+    p.copy_(x)
+
+
+def torch_foreach(b: Buffers, degree: int) -> None:
+    """As above on 64 tensors, the way torch's own optimizers run over a model's parameters."""
+    x, v, g, p, *near = (
+        list(torch.from_numpy(a).tensor_split(64)) for a in (b.x, b.v, b.g, b.p, *b.near[:degree])
+    )
+    w = 1 / (degree + 1)
+    torch._foreach_mul_(v, MU)
+    torch._foreach_add_(v, g, alpha=-ALPHA)
+    torch._foreach_mul_(x, 1 - degree * w)
+    for one in near:
+        torch._foreach_add_(x, one, alpha=w)
+    torch._foreach_add_(x, v, alpha=MU)
+    torch._foreach_add_(x, g, alpha=-ALPHA)
+    torch._foreach_copy_(p, x)
+
+
+def measure(jobs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every job in every round, the jobs of a round one after the other."""
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for round_ in range(rounds + 1):  # the first one warms up
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            taken = time.perf_counter() - start
+            if round_ > 0:
+                seconds[name].append(taken)
+    return seconds
+
+
+def provenance(size: int, rounds: int, threads: int) -> dict[str, Any]:
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=HERE, capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip()
+
+    cpu = [s for s in Path("/proc/cpuinfo").read_text().splitlines() if s.startswith("model name")]
+    return {
+        "cpu": cpu[0].split(":")[1].strip() if cpu else platform.processor(),
+        "cores": len(cpu),
+        "host": platform.node(),
+        "versions": {
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "torch": torch.__version__,
+        },
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": git("status", "--porcelain") != "",
+        "kernel": {"backend": native.backend, "isa": native.isa},
+        "parameters": size,
+        "rounds": rounds,
+        "threads": threads,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer parameters and rounds")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "kernel.json")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    size, rounds = (8_000_000, 5) if args.quick else (25_000_000, 15)
+    torch.set_num_threads(args.threads)
+
+    b = Buffers(size, max(DEGREES))
+    jobs: dict[str, Callable[[], None]] = {}
+    names: dict[str, float] = {}  # bytes of each job
+    with tempfile.TemporaryDirectory() as folder:
+        triad = compile_triad(folder)
+    if triad is None:
+        print("no triad: a C++ compiler and an x86-64 CPU are needed", file=sys.stderr)
+        return 1
+    one, two, three = (aligned(size) for _ in range(3))
+    ends = (one.ctypes.data, two.ctypes.data, three.ctypes.data, 0.5, size, args.threads)
+    jobs["triad"] = lambda: triad.triad(*ends)
+    jobs["triad, streaming"] = lambda: triad.triad_streaming(*ends)
+    names |= {"triad": 12 * size, "triad, streaming": 12 * size}
+    for degree in DEGREES:
+        ways = {"fused": lambda d=degree: fused(b, d, args.threads)}
+        if degree in COMPARED:
+            ways["numpy"] = lambda d=degree: numpy_plain(b, d)
+            ways["torch in place"] = lambda d=degree: torch_in_place(b, d)
+            ways["torch foreach"] = lambda d=degree: torch_foreach(b, d)
+        for way, job in ways.items():
+            jobs[f"{way}, degree {degree}"] = job
+            names[f"{way}, degree {degree}"] = (degree + 6) * 4 * size
+    seconds = measure(jobs, rounds)
+
+    # Ratios within each round: what else the machine does then slows both.
+    best = [min(a, b) for a, b in zip(seconds["triad"], seconds["triad, streaming"], strict=True)]
+
+    def fraction(name: str) -> float:
+        return statistics.median(
+            (names[name] / t) / (12 * size / t0) for t, t0 in zip(seconds[name], best, strict=True)
+        )
+
+    def speedup(other: str, degree: int) -> float:
+        pairs = zip(seconds[f"{other}, degree {degree}"], seconds[f"fused, degree {degree}"],
+                    strict=True)  # fmt: skip
+        return statistics.median(slow / fast for slow, fast in pairs)
+
+    results = {
+        name: {
+            "median_s": statistics.median(t),
+            "min_s": min(t),
+            "max_s": max(t),
+            "gb_per_s": names[name] / statistics.median(t) / 1e9,
+            "of_triad": fraction(name),
+        }
+        for name, t in seconds.items()
+    }
+    checks = []
+
+    def check(name: str, value: float, goal: float) -> None:
+        checks.append({"name": name, "value": value, "goal": goal, "holds": value >= goal})
+
+    for degree in DEGREES:
+        check(f"fraction of the triad, degree {degree}", fraction(f"fused, degree {degree}"), 0.9)
+    for degree in COMPARED:
+        check(f"times NumPy, degree {degree}", speedup("numpy", degree), 4.0)
+        for way in ("torch in place", "torch foreach"):
+            check(f"times {way}, degree {degree}", speedup(way, degree), 1.8)
+
+    record = {**provenance(size, rounds, args.threads), "results": results, "checks": checks}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{record['cpu']}, {size:,} parameters, {args.threads} thread(s), {native.isa}")
+    for name, row in results.items():
+        print(f"  {name:28} {row['median_s'] * 1e3:8.1f} ms  "
+              f"({row['min_s'] * 1e3:.1f} to {row['max_s'] * 1e3:.1f})  "
+              f"{row['gb_per_s']:6.1f} GB/s  {row['of_triad']:5.2f} of the triad")  # fmt: skip
+    print("checks:")
+    for c in checks:
+        mark = "holds" if c["holds"] else "FAILS"
+        print(f"  {mark}  {c['name']:36} {c['value']:6.2f}  (goal {c['goal']})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Installs what the tests need into .venv and runs them all: bash tests/run.sh [pytest options]
+# MPICDSGD_DATA=FOLDER adds the tests on real data (FOLDER/mnist: the four idx files).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source jobs/venv.sh mpich,demo,dev
+export OMP_NUM_THREADS=1 # several ranks share few cores
+
+ruff check .
+ruff format --check .
+mypy
+shellcheck jobs/*.sh tests/*.sh .ci/run
+
+python -m pytest tests/unit "$@"
+for ranks in 1 2 4 5; do
+    echo "== MPI tests on $ranks ranks"
+    timeout 600 mpiexec -n "$ranks" python -m pytest tests/mpi "$@"
+done
+python -m pytest tests/jobs "$@"
