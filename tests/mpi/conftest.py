@@ -1,4 +1,4 @@
-"""MPI tests: ``mpiexec -n N python -m pytest tests/mpi``, for any N; ``tests/run.sh`` takes 1, 2, 4, 5.
+"""MPI tests: ``mpiexec -n N python -m pytest tests/mpi`` for any N; tests/run.sh takes 1, 2, 4, 5.
 
 A test that fails on one rank alone would leave the others in a collective call, so the first
 failure prints its report and ends all ranks.
