@@ -31,7 +31,6 @@ HERE = Path(__file__).parent
 DEGREES = (0, 1, 2, 3, 4, 6, 8, 9, 12, 16)
 COMPARED = (2, 4, 8)  # degrees at which NumPy and torch run too: they are slow
 ALPHA, MU = 0.01, 0.9
-LR_SCALE = np.float32(ALPHA)
 
 
 def aligned(size: int) -> np.ndarray:
@@ -91,7 +90,6 @@ def torch_in_place(b: Buffers, degree: int) -> None:
     x, v, g, p = (torch.from_numpy(a) for a in (b.x, b.v, b.g, b.p))
     w = 1 / (degree + 1)
     v.mul_(MU).add_(g, alpha=-ALPHA)
-    p.copy_(x)
     x.mul_(1 - degree * w)
     for near in b.near[:degree]:
         x.add_(torch.from_numpy(near), alpha=w)

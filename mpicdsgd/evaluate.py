@@ -73,6 +73,3 @@ def is_classification(outputs: Tensor, targets: Tensor) -> bool:
         and targets.dtype == torch.int64
         and targets.shape == outputs.shape[:1]
     )
-
-
-_is_classification = is_classification

@@ -271,7 +271,7 @@ def prune(run_dir: Path, generation: int, keep: int) -> None:
             place = Place(owner, step, folder)
             unfinished = owner not in finished and any(place < newer for newer in kept)
             old = len(kept) == keep and place < kept[-1]
-            if owner <= generation and (unfinished or old):
+            if unfinished or old:  # so older than one of ``kept``: of no newer generation
                 remove(place)
         remove_if_empty(folder)
     sync_folder(checkpoints_folder(run_dir))

@@ -30,8 +30,7 @@ from mpicdsgd.algorithms.choose import (
 )
 from mpicdsgd.data import DataConfig, Shuffler, load
 from mpicdsgd.errors import UserError
-from mpicdsgd.evaluate import _is_classification as is_classification
-from mpicdsgd.evaluate import evaluate
+from mpicdsgd.evaluate import evaluate, is_classification
 from mpicdsgd.exchange import AgentFault, ExchangeConfig, Reason
 from mpicdsgd.measure import RunningMeans, accuracy, measure, ratio
 from mpicdsgd.models import ModelConfig
@@ -39,6 +38,8 @@ from mpicdsgd.progress import Progress
 from mpicdsgd.specs import graph_from_spec, mixing_from_spec
 
 log = logging.getLogger("mpicdsgd")
+
+_FORMAT = 1  # of a checkpoint's contents, raised when a restart needs other ones
 
 
 @dataclass(frozen=True)
@@ -301,6 +302,7 @@ class Run:
         self._dir = Path(config.run.dir)
         versions = record.versions(MPI.Get_library_version(), native.backend)
         self._shared: dict[str, Any] = {
+            "format": _FORMAT,
             "config": dataclasses.asdict(config),
             "Pi": agents.mixing.digest,
             "parameters": [[n, list(p.shape)] for n, p in self.model.named_parameters()],
@@ -332,6 +334,11 @@ class Run:
     def _expect(self, shared: dict[str, Any]) -> None:
         """Raise a UserError if a checkpoint's ``shared`` is of another model or data. Local."""
         remedy = 'set run.dir to another folder or run.resume = "never"'
+        if shared.get("format") != _FORMAT:
+            raise UserError(
+                f"the checkpoint in {self._dir} is of format {shared.get('format')}, this version "
+                f"reads format {_FORMAT}: {remedy}"
+            )
         for key, what in (
             ("parameters", f"model ({self.config.model.name} now)"),
             ("steps_per_epoch", "data set, batch size or number of samples"),

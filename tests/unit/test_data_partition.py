@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpicdsgd.data import partition
 from mpicdsgd.errors import UserError
 
 
+@settings(deadline=None)
 @given(
     spec=st.sampled_from(["iid", "contiguous", "by-class", "dirichlet:0.3", "dirichlet:100"]),
     labels=st.lists(st.integers(0, 5), min_size=1, max_size=60),
@@ -30,6 +31,7 @@ def test_every_sample_goes_to_exactly_one_agent(spec, labels, n_agents, seed):
     assert all((a == b).all() for a, b in zip(shares, again, strict=True))
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 100), n_agents=st.integers(1, 20), seed=st.integers(0, 100))
 def test_iid_and_contiguous_need_no_labels_and_are_balanced(n, n_agents, seed):
     if n < n_agents:

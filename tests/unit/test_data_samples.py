@@ -75,6 +75,8 @@ def test_batches_depend_on_the_arguments_only(workers):
     items = np.arange(20)
     expected = [DatasetSamples(Augmented(), items, seed=1).batch(part) for part in PARTS]
     torch.manual_seed(99)
+    np.random.seed(99)
+    random.seed(99)
     before = global_states()
     samples = DatasetSamples(Augmented(), items, seed=1, workers=workers)
     assert equal(samples.batches(PARTS), expected)

@@ -5,7 +5,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpicdsgd.data import Shuffler
@@ -23,6 +23,7 @@ def settings_of_a_run(draw):
     )
 
 
+@settings(deadline=None)
 @given(run=settings_of_a_run(), epoch=st.integers(0, 10**6))
 def test_an_epoch(run, epoch):
     shares, batch_size, seed, drop_last = run
@@ -45,6 +46,7 @@ def test_an_epoch(run, epoch):
     assert all(size == sizes[0] for size in sizes)  # the same on all agents
 
 
+@settings(deadline=None)
 @given(run=settings_of_a_run(), epoch=st.integers(0, 50), data=st.data())
 def test_any_step_can_be_started_at(run, epoch, data):
     shares, batch_size, seed, drop_last = run

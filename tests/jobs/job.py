@@ -1,0 +1,121 @@
+"""Whole jobs as subprocesses: what a shell sees. Every job has a timeout and leaves nothing behind.
+
+A rank imports torch, which takes seconds, so a job checks as much as it honestly can.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import mpicdsgd
+
+HERE = Path(__file__).parent
+_PACKAGE = Path(mpicdsgd.__file__).parent.parent
+_LAUNCHERS = ("PMI_", "PMIX_", "OMPI_", "HYDRA_", "MPI_LOCAL")  # an outer job's settings
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job that has ended."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+    def lines(self, start: str) -> list[str]:
+        """Lines of stderr that begin with ``start``."""
+        return [line for line in self.err.splitlines() if line.startswith(start)]
+
+
+class Job:
+    """A started job; ``python`` is given this Python's arguments, ``ranks`` = 0: no mpiexec."""
+
+    def __init__(self, folder: Path, ranks: int, arguments: list[str], env: dict[str, str]) -> None:
+        self._files = [open(folder / f"job.{name}", "w+b") for name in ("out", "err")]  # noqa: SIM115
+        own = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHERS)}
+        path = os.pathsep.join([str(_PACKAGE), str(HERE)])
+        own.update(PYTHONPATH=path, OMP_NUM_THREADS="1", **env)
+        self._start = time.monotonic()
+        self._process = subprocess.Popen(
+            [*(_mpiexec(ranks) if ranks else []), sys.executable, *arguments],
+            cwd=folder,
+            env=own,
+            stdin=subprocess.DEVNULL,
+            stdout=self._files[0],
+            stderr=self._files[1],
+            start_new_session=True,
+        )
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        """``kill -9`` for the launcher and all ranks."""
+        family = [*_descendants(self._process.pid), self._process.pid]
+        for process in family:
+            try:
+                os.kill(process, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        self._process.wait()
+
+    def wait(self, timeout_s: float = 120.0) -> Ended:
+        """The ended job. Fails the test if it does not end in time."""
+        left_s = timeout_s - (time.monotonic() - self._start)
+        try:
+            code = self._process.wait(max(left_s, 0.1))
+        except subprocess.TimeoutExpired:
+            self.kill()
+            out, err = self.output()
+            pytest.fail(f"the job hung for {timeout_s:g} s\n{out[-3000:]}\n{err[-3000:]}")
+        return Ended(code, *self.output(), time.monotonic() - self._start)
+
+    def output(self) -> tuple[str, str]:
+        out, err = (Path(f.name).read_text(errors="replace") for f in self._files)
+        return out, err
+
+    def close(self) -> None:
+        if self.running:
+            self.kill()
+        for file in self._files:
+            file.close()
+
+
+def _mpiexec(ranks: int) -> list[str]:
+    beside = Path(sys.executable).parent / "mpiexec"
+    found = str(beside) if beside.exists() else shutil.which("mpiexec")
+    if found is None:
+        pytest.skip("there is no mpiexec beside this Python or in PATH")
+    version = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
+    more = ["--oversubscribe"] if "Open MPI" in version.stdout else []
+    return [found, "-n", str(ranks), *more]
+
+
+def _descendants(root: int) -> list[int]:
+    """Processes below ``root``, children first: ranks lie below a launcher's proxy."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                status = Path(f"/proc/{entry}/stat").read_text()
+            except OSError:
+                continue
+            parent = int(status.rsplit(")", 1)[1].split()[1])
+            children.setdefault(parent, []).append(int(entry))
+    found: list[int] = []
+    front = [root]
+    while front:
+        front = [child for parent in front for child in children.get(parent, [])]
+        found = [*front, *found]
+    return found

@@ -1,0 +1,140 @@
+"""``kill -9`` of all ranks, then the same command again: as if nothing had happened, bit by bit."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import pytest
+from job import Job
+
+pytestmark = pytest.mark.slow
+
+Start = Callable[..., Job]
+Plan = dict[str, Any]
+
+# Steps of a checkpoint and of an evaluation interleave, both fall within epochs, and step 35 is of
+# both: the metrics line is written, then the checkpoint.
+CONFIG = """
+[run]
+epochs = {epochs}
+evaluate_every = "7 steps"
+checkpoint_every = "5 steps"
+keep = 2
+[agents]
+topology = "ring"
+[model]
+name = "{model}"
+loss = "victim:loss"
+buffers = "mixed"
+[data]
+name = "digits"
+batch_size = {batch}
+[optim]
+lr = 0.02
+schedule = "cosine"
+"""
+
+
+def train(start: Start, folder: Path, ranks: int, run_dir: str, plan: Plan | None) -> Job:
+    (folder / "halted").unlink(missing_ok=True)
+    command = ("-m", "mpicdsgd", "train", "r.toml", f"run.dir={run_dir}")
+    # Without a launcher there is one rank.
+    return start(ranks if ranks > 1 else 0, *command, VICTIM=json.dumps(plan or {}))
+
+
+def kill_there(start: Start, folder: Path, ranks: int, plan: Plan) -> None:
+    """Start the run, and kill all its ranks where ``plan`` says."""
+    job = train(start, folder, ranks, "killed", plan)
+    deadline = time.monotonic() + 100
+    while not (folder / "halted").exists():
+        assert job.running, job.wait().err
+        assert time.monotonic() < deadline, job.output()
+        time.sleep(0.002)
+    if plan.get("run_on"):
+        time.sleep(random.uniform(0, 0.2))  # the moment is to be any
+    job.kill()
+    out, _ = job.output()
+    assert out == "", "it was killed before its end"
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    return sorted(run_dir.glob("checkpoints/step-*/manifest.*.json"))
+
+
+def last_state(run_dir: Path, ranks: int) -> dict[str, Any]:
+    """Every array of the last checkpoint as bytes, and the rest of its state but for times."""
+    folder = checkpoints(run_dir)[-1].parent
+    state: dict[str, Any] = {"step": folder.name}
+    for rank in range(ranks):
+        (path,) = folder.glob(f"rank-{rank:04d}.*.h5")
+        with h5py.File(path) as file:
+
+            def take(name: str, item: Any, rank: int = rank) -> None:
+                if isinstance(item, h5py.Dataset):
+                    state[f"{rank}/{name}"] = (str(item.dtype), item.shape, item[()].tobytes())
+
+            file["arrays"].visititems(take)
+            meta = json.loads(bytes(file["about"][()]))["meta"]
+        state[f"{rank}/meta"] = without_times(meta)
+    return state
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if k not in ("time_s", "wait_s")}
+    return value
+
+
+def metrics(run_dir: Path) -> list[Any]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [without_times(json.loads(line)) for line in lines]
+
+
+def same(folder: Path, ranks: int) -> None:
+    """The killed run is what the undisturbed one is."""
+    whole, killed = folder / "whole", folder / "killed"
+    assert metrics(killed) == metrics(whole)
+    expected, found = last_state(whole, ranks), last_state(killed, ranks)
+    assert found.keys() == expected.keys()
+    assert [key for key in expected if found[key] != expected[key]] == []
+    assert {"0/x", "0/v", "0/random/torch"} <= expected.keys()
+
+
+def test_one_rank(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text(CONFIG.format(epochs=3, model="cnn", batch=120))
+    whole = train(start, tmp_path, 1, "whole", None).wait()
+    assert whole.code == 0, whole.err
+    killed = tmp_path / "killed"
+
+    kill_there(start, tmp_path, 1, {"rank": 0, "write": ".rank-0000.*.tmp", "nth": 8})
+    assert len(list(killed.glob("checkpoints/*/.rank-0000.g0001.h5.tmp"))) == 1, "half a file"
+    # On from step 5; all but the name of the sixth manifest is there, and the metrics line.
+    kill_there(start, tmp_path, 1, {"rank": 0, "rename": "manifest.g0002.json", "nth": 6})
+    assert metrics(killed)[-1]["step"] == 35
+    assert checkpoints(killed)[-1].parent.name == "step-00000030"
+    kill_there(start, tmp_path, 1, {"rank": 0, "step": random.randint(1, 4), "run_on": True})
+    again = train(start, tmp_path, 1, "killed", None).wait()
+    assert again.code == 0, again.err
+    assert "going on from step" in again.err
+    same(tmp_path, 1)
+
+
+def test_four_ranks(start: Start, tmp_path: Path) -> None:
+    config = CONFIG.format(epochs=3, model="victim:model", batch=30)
+    (tmp_path / "r.toml").write_text(config)
+    whole = train(start, tmp_path, 4, "whole", None).wait()
+    assert whole.code == 0, whole.err
+
+    # The second checkpoint: three ranks have written their files, one has not.
+    kill_there(start, tmp_path, 4, {"rank": 2, "rename": "rank-0002.*.h5", "nth": 2})
+    kill_there(start, tmp_path, 4, {"rank": 1, "step": random.randint(2, 20), "run_on": True})
+    again = train(start, tmp_path, 4, "killed", None).wait()
+    assert again.code == 0, again.err
+    assert "going on from step" in again.err
+    same(tmp_path, 4)
