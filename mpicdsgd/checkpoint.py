@@ -166,8 +166,11 @@ def read_newest(
     if comm.rank == 0:
         try:
             found = disk.places(Path(run_dir))
-        except OSError as error:
-            problem = f"the checkpoints in {run_dir} cannot be listed: {reason(error)}"
+        except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+            problem = (
+                f"the checkpoints in {run_dir} cannot be listed ({reason(error)}): "
+                "set run.dir to another folder"
+            )
     found, problem = comm.bcast((found, problem))
     _agree(comm, problem)
     newest = ""
@@ -184,10 +187,12 @@ def read_newest(
             log.warning("checkpoint %s is not intact (%s): taking the one before", place, problem)
     if not found:
         return None
-    raise UserError(
+    _agree(
+        comm,
         f"none of the {len(found)} checkpoints in {run_dir} is intact ({newest}): "
-        "restore one, or remove the folder checkpoints to start anew"
+        "restore one, or remove the folder checkpoints to start anew",
     )
+    raise AssertionError("not reached")
 
 
 def _read_manifest(place: Place) -> tuple[Manifest | None, str]:
@@ -235,4 +240,6 @@ def _agree(comm: MPI.Intracomm, problem: str) -> None:
     """Raise the first rank's problem as a UserError on every rank, if any has one. Collective."""
     first = next((p for p in comm.allgather(problem) if p), "")
     if first:
-        raise UserError(first)
+        error = UserError(first)
+        error.raised_on_all_ranks = True
+        raise error

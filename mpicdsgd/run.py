@@ -21,7 +21,7 @@ from mpi4py import MPI
 from mpicdsgd import checkpoint, models, native, record, state
 from mpicdsgd import config as reading
 from mpicdsgd.agents import Agents, AgentsConfig
-from mpicdsgd.agreement import agree, agreement, collect
+from mpicdsgd.agreement import TIMEOUT_S, agree, agreement, collect
 from mpicdsgd.algorithms.choose import (
     OptimConfig,
     make_optimizer,
@@ -94,7 +94,8 @@ class Run:
 
     def __init__(self, config: Config, comm: MPI.Intracomm) -> None:
         self.config = config
-        timeout_s = config.exchange.timeout_s
+        # A timeout that is none is refused where the exchange is opened; till then it is not used.
+        timeout_s = config.exchange.timeout_s if config.exchange.timeout_s > 0 else TIMEOUT_S
         with agreement(comm, "topology and mixing", timeout_s):
             graph = graph_from_spec(config.agents.topology, comm.size)
             mixing = mixing_from_spec(config.agents.mixing, graph)
@@ -107,6 +108,16 @@ class Run:
             for name in ("epochs", "keep", "evaluate_batch"):
                 if getattr(config.run, name) < 1:
                     raise UserError(f"run.{name} must be at least 1")
+            if config.agents.threads < 0:
+                raise UserError(
+                    f"agents.threads must be at least 0 (0: this node's cores shared out), "
+                    f"got {config.agents.threads}"
+                )
+            if not (config.optim.clip_norm >= 0 and math.isfinite(config.optim.clip_norm)):
+                raise UserError(
+                    f"optim.clip_norm must be a finite number >= 0 (0: do not clip), "
+                    f"got {config.optim.clip_norm}"
+                )
         agents = Agents(comm, mixing, device=config.agents.device, timeout_s=timeout_s)
         self.agents = agents
         agents.require_same("the config", repr(config))
@@ -131,13 +142,14 @@ class Run:
         self._seed(agents.rank + 1)
         snapshot = self._open_folder()
         buffers = [b for b in self.model.buffers() if b.dtype == torch.float32]
-        self.optimizer = make_optimizer(
-            config.optim,
-            self.model.parameters(),
-            agents,
-            config.exchange,
-            buffers if config.model.buffers == "mixed" else (),
-        )
+        with agents.agreement("optimizer"):
+            self.optimizer = make_optimizer(
+                config.optim,
+                self.model.parameters(),
+                agents,
+                config.exchange,
+                buffers if config.model.buffers == "mixed" else (),
+            )
         with agents.agreement("schedule"):
             self.scheduler = make_scheduler(config.optim, self.optimizer, self.total_steps)
         self._start = time.monotonic()
@@ -370,12 +382,13 @@ class Run:
             self._before[key] = float(meta[key])
         # What this start has sent already, the run had sent before: the count goes on exactly.
         self._before["bytes_sent"] -= optimizer.exchange.bytes_sent
-        restore_schedule(
-            self.scheduler,
-            optimizer,
-            meta["scheduler"],
-            meta["groups"] if snapshot.shared["config"]["optim"] == self._optim() else None,
-        )
+        with self.agents.agreement("the checkpoint's schedule"):
+            restore_schedule(
+                self.scheduler,
+                optimizer,
+                meta["scheduler"],
+                meta["groups"] if snapshot.shared["config"]["optim"] == self._optim() else None,
+            )
         if self.agents.rank == 0:
             log.info("going on from step %d in %s", snapshot.step, self._dir)
 

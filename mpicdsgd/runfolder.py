@@ -53,7 +53,7 @@ def claim_generation(run_dir: Path) -> int:
             file.flush()
             os.fsync(file.fileno())
         sync_folder(run_dir)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"run folder {run_dir} cannot be made or written ({reason(error)}): "
             "set run.dir to a folder that you may write"

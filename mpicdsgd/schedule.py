@@ -15,6 +15,7 @@ from mpicdsgd.errors import UserError
 
 Schedule = Callable[[int], float]
 
+NAMES = ("fixed", "diminishing", "inverse-sqrt", "cosine")
 _ALLOWED = "fixed, diminishing:E with E in (0.5, 1], inverse-sqrt:DECAY, cosine"
 
 

@@ -98,7 +98,7 @@ def make_scheduler(
     Raises:
         UserError: for an unknown schedule or arguments that it does not take.
     """
-    if ":" not in config.schedule:
+    if ":" not in config.schedule or config.schedule.partition(":")[0] in schedule.NAMES:
         factor = schedule.parse(config.schedule, total_steps)
         return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     kind = plugins.load_function(config.schedule, "optim.schedule")

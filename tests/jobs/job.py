@@ -5,6 +5,7 @@ A rank imports torch, which takes seconds, so a job checks as much as it honestl
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -64,10 +65,8 @@ class Job:
         """``kill -9`` for the launcher and all ranks."""
         family = [*_descendants(self._process.pid), self._process.pid]
         for process in family:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         self._process.wait()
 
     def wait(self, timeout_s: float = 120.0) -> Ended:

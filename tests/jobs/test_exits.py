@@ -60,7 +60,7 @@ def test_a_rank_that_leaves_is_named_by_the_others(
 def test_a_rank_that_only_waits_is_named_after_the_timeout(run: Run) -> None:
     job = user(run, "sleeps")
     assert job.code == 1
-    assert "AgentMissing: agent 0 waited 3 s after step 3: nothing came from agents [1]" in job.err
+    assert "AgentMissing: agent 0 waited 3 s after step 4: nothing came from agents [1]" in job.err
 
 
 def test_a_rank_that_vanishes_ends_the_job(run: Run, tmp_path: Path) -> None:

@@ -19,15 +19,6 @@ from mpicdsgd import checkpoint
 from mpicdsgd.checkpoint import Snapshot
 from mpicdsgd.errors import UserError
 
-sizes = pytest.mark.parallel([1, 2, 4, 5])
-
-
-@pytest.fixture
-def comm() -> Iterator[MPI.Intracomm]:
-    comm = MPI.COMM_WORLD.Dup()
-    yield comm
-    comm.Free()
-
 
 @pytest.fixture
 def run(comm: MPI.Intracomm) -> Iterator[Path]:
@@ -72,7 +63,6 @@ def only(comm: MPI.Intracomm, rank: int) -> bool:
     return comm.rank == rank
 
 
-@sizes
 def test_round_trip_and_keep(run: Path, comm: MPI.Intracomm) -> None:
     assert read(run, comm) is None
     assert all(write(run, comm, 1, 10, 20, 30, 40))
@@ -85,7 +75,6 @@ def test_round_trip_and_keep(run: Path, comm: MPI.Intracomm) -> None:
             assert np.array_equal(index["arrays/x"][rank], snapshot(40, rank).arrays["x"])
 
 
-@sizes
 def test_damage_on_one_rank_sends_all_back(
     run: Path, comm: MPI.Intracomm, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -103,7 +92,6 @@ def test_damage_on_one_rank_sends_all_back(
     assert all(f"rank-{last:04d}.g0001.h5" in text for text in said)
 
 
-@sizes
 def test_a_rank_that_cannot_write_is_everybodys(
     run: Path, comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,7 +109,6 @@ def test_a_rank_that_cannot_write_is_everybodys(
     assert read(run, comm) == 10
 
 
-@sizes
 def test_refusals_reach_every_rank(run: Path, comm: MPI.Intracomm) -> None:
     write(run, comm, 1, 10)
 
@@ -144,7 +131,6 @@ def test_refusals_reach_every_rank(run: Path, comm: MPI.Intracomm) -> None:
         checkpoint.read_newest(run, comm, lambda shared: None)
 
 
-@sizes
 def test_claim_by_one_rank(run: Path, comm: MPI.Intracomm) -> None:
     claims = [
         comm.bcast(checkpoint.claim_generation(run) if comm.rank == 0 else None) for _ in range(3)

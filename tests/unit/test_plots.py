@@ -130,18 +130,19 @@ def test_mistakes(tmp_path: Path) -> None:
 
 
 GRAPHS = [
-    *(make(n) for make in (topology.ring, topology.complete, topology.chain) for n in (1, 2, 5)),
+    topology.complete(1),
+    topology.ring(2),
+    topology.ring(5),
+    topology.chain(5),
     topology.star(6),
     topology.hypercube(8),
-    topology.hypercube(32),
     topology.torus(12),
-    topology.grid(6),
     topology.exponential(8),
-    topology.random_regular(10, 3, seed=1) if hasattr(topology, "random_regular") else None,
+    topology.random_regular(10, 3, seed=1),
 ]
 
 
-@pytest.mark.parametrize("graph", [g for g in GRAPHS if g], ids=lambda g: f"{g.name}-{g.n}")
+@pytest.mark.parametrize("graph", GRAPHS, ids=lambda g: f"{g.name}-{g.n}")
 def test_every_agent_and_edge_is_drawn(
     tmp_path: Path, drawn: list[Figure], graph: topology.Graph
 ) -> None:

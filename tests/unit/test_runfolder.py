@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpicdsgd import runfolder
@@ -104,6 +104,7 @@ values = st.recursive(
 )
 
 
+@settings(deadline=None, max_examples=50)
 @given(values)
 def test_strict_is_strict(value: object) -> None:
     json.dumps(runfolder.strict(value), allow_nan=False)
