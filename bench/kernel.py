@@ -113,17 +113,29 @@ def torch_foreach(b: Buffers, degree: int) -> None:
     torch._foreach_copy_(p, x)
 
 
-def measure(jobs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every job in every round, the jobs of a round one after the other."""
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+Seconds = dict[str, list[float]]
+
+
+def measure(
+    jobs: dict[str, Callable[[], None]], triads: list[Callable[[], None]], rounds: int
+) -> tuple[Seconds, Seconds]:
+    """Seconds of every job in every round, and of the faster triad just before each of them."""
+
+    def timed(job: Callable[[], None]) -> float:
+        start = time.perf_counter()
+        job()
+        return time.perf_counter() - start
+
+    seconds: Seconds = {name: [] for name in jobs}
+    yardstick: Seconds = {name: [] for name in jobs}
     for round_ in range(rounds + 1):  # the first one warms up
         for name, job in jobs.items():
-            start = time.perf_counter()
-            job()
-            taken = time.perf_counter() - start
+            triad_s = min(timed(triad) for triad in triads)
+            job_s = timed(job)
             if round_ > 0:
-                seconds[name].append(taken)
-    return seconds
+                yardstick[name].append(triad_s)
+                seconds[name].append(job_s)
+    return seconds, yardstick
 
 
 def provenance(size: int, rounds: int, threads: int) -> dict[str, Any]:
@@ -173,8 +185,8 @@ def main() -> int:
         return 1
     one, two, three = (aligned(size) for _ in range(3))
     ends = (one.ctypes.data, two.ctypes.data, three.ctypes.data, 0.5, size, args.threads)
-    jobs["triad"] = lambda: triad.triad(*ends)
-    jobs["triad, streaming"] = lambda: triad.triad_streaming(*ends)
+    triads = [lambda: triad.triad(*ends), lambda: triad.triad_streaming(*ends)]
+    jobs |= {"triad": triads[0], "triad, streaming": triads[1]}
     names |= {"triad": 12 * size, "triad, streaming": 12 * size}
     for degree in DEGREES:
         ways = {"fused": lambda d=degree: fused(b, d, args.threads)}
@@ -185,15 +197,12 @@ def main() -> int:
         for way, job in ways.items():
             jobs[f"{way}, degree {degree}"] = job
             names[f"{way}, degree {degree}"] = (degree + 6) * 4 * size
-    seconds = measure(jobs, rounds)
+    seconds, yardstick = measure(jobs, triads, rounds)
 
-    # Ratios within each round: what else the machine does then slows both.
-    best = [min(a, b) for a, b in zip(seconds["triad"], seconds["triad, streaming"], strict=True)]
-
+    # Ratios within a round, of neighbours in time: what else the machine does slows both.
     def fraction(name: str) -> float:
-        return statistics.median(
-            (names[name] / t) / (12 * size / t0) for t, t0 in zip(seconds[name], best, strict=True)
-        )
+        pairs = zip(seconds[name], yardstick[name], strict=True)
+        return statistics.median(names[name] / t / (12 * size / t0) for t, t0 in pairs)
 
     def speedup(other: str, degree: int) -> float:
         pairs = zip(seconds[f"{other}, degree {degree}"], seconds[f"fused, degree {degree}"],

@@ -59,7 +59,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
     from mpicdsgd import shutdown
     from mpicdsgd.agreement import agreement
-    from mpicdsgd.run import Run, load_config
+    from mpicdsgd.run import Run
+    from mpicdsgd.runconfig import load_config
 
     shutdown.install()
     comm = MPI.COMM_WORLD

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import random
-import re
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,69 +16,25 @@ from mpi4py import MPI
 
 from mpicdsgd import checkpoint, models, native, record, state
 from mpicdsgd import config as reading
-from mpicdsgd.agents import Agents, AgentsConfig
+from mpicdsgd.agents import Agents
 from mpicdsgd.agreement import TIMEOUT_S, agree, agreement, collect
 from mpicdsgd.algorithms.choose import (
-    OptimConfig,
     make_optimizer,
     make_scheduler,
     restore_schedule,
 )
-from mpicdsgd.data import DataConfig, Shuffler, load
+from mpicdsgd.data import Shuffler, load
 from mpicdsgd.errors import UserError
 from mpicdsgd.evaluate import evaluate, is_classification
-from mpicdsgd.exchange import AgentFault, ExchangeConfig, Reason
+from mpicdsgd.exchange import AgentFault, Reason
 from mpicdsgd.measure import RunningMeans, accuracy, measure, ratio
-from mpicdsgd.models import ModelConfig
 from mpicdsgd.progress import Progress
+from mpicdsgd.runconfig import Config, as_json, differences, every
 from mpicdsgd.specs import graph_from_spec, mixing_from_spec
 
 log = logging.getLogger("mpicdsgd")
 
 _FORMAT = 1  # of a checkpoint's contents, raised when a restart needs other ones
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Section ``[run]`` of a run's config."""
-
-    dir: str = ""  # "": runs/<name of the config file>
-    epochs: int = 10
-    seed: int = 0
-    evaluate_every: str = "1 epoch"  # or "50 steps", or "never": at the end only
-    checkpoint_every: str = "1 epoch"
-    evaluate_batch: int = 500  # samples at a time
-    evaluate_train: bool = False  # on the agent's whole share, not the epoch's running mean
-    resume: str = "auto"  # or "never": begin anew, as a new generation of the run
-    keep: int = 3  # checkpoints
-    tensorboard: bool = False
-
-
-@dataclass(frozen=True)
-class Config:
-    """A run's whole config."""
-
-    run: RunConfig = field(default_factory=RunConfig)
-    agents: AgentsConfig = field(default_factory=AgentsConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
-
-
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read ``path``, apply ``section.key=value`` overrides, fill in defaults. Local.
-
-    Raises:
-        UserError: see `mpicdsgd.config`.
-    """
-    tables = reading.read_toml(path)
-    reading.override(tables, overrides)
-    config = reading.fill(Config, tables)
-    if not config.run.dir:
-        run = dataclasses.replace(config.run, dir=str(Path("runs") / path.stem))
-        config = dataclasses.replace(config, run=run)
-    return config
 
 
 class Run:
@@ -131,12 +83,15 @@ class Run:
             )
             per_epoch = self.shuffler.steps_per_epoch
             self.total_steps = config.run.epochs * per_epoch
-            self._evaluate_every = _steps("evaluate_every", config.run.evaluate_every, per_epoch)
-            self._save_every = _steps("checkpoint_every", config.run.checkpoint_every, per_epoch)
+            self._evaluate_every = every("evaluate_every", config.run.evaluate_every, per_epoch)
+            self._save_every = every("checkpoint_every", config.run.checkpoint_every, per_epoch)
         self._seed(0 if config.agents.init == "broadcast" else agents.rank + 1)
         with agents.agreement("model"):
             self.model = models.build(config.model, self.data.input_shape, self.data.classes)
             self.loss_fn = models.loss_function(config.model)
+            # A model or loss that does not fit the data is found before anything is written.
+            few = np.arange(min(2, len(self.data.test)))
+            evaluate(self.model, self.data.test, self.loss_fn, len(few), few)
         if config.agents.init == "broadcast":
             agents.broadcast(self.model)
         self._seed(agents.rank + 1)
@@ -273,7 +228,7 @@ class Run:
         meta = {
             "random": state.capture_random(),
             "means": dataclasses.asdict(self._means),
-            "scheduler": _plain(self.scheduler.state_dict()),
+            "scheduler": as_json(self.scheduler.state_dict()),
             "groups": [{k: v for k, v in g.items() if k != "params"}
                        for g in self.optimizer.param_groups],
             "time_s": self._time_s(),
@@ -284,7 +239,7 @@ class Run:
         snapshot = checkpoint.Snapshot(
             step=self.optimizer.steps,
             arrays=state.capture_arrays(self.optimizer, self.model),
-            meta=_plain(meta),
+            meta=as_json(meta),
             shared=self._shared,
         )
         checkpoint.write(
@@ -367,7 +322,7 @@ class Run:
                 f'"{self.config.optim.name}": {remedy}'
             )
         if self.agents.rank == 0:
-            for key in _differences(then, self._shared["config"]):
+            for key in differences(then, self._shared["config"]):
                 log.warning("%s is not what it was before this checkpoint", key)
 
     def _restore(self, snapshot: checkpoint.Snapshot) -> None:
@@ -393,7 +348,7 @@ class Run:
             log.info("going on from step %d in %s", snapshot.step, self._dir)
 
     def _optim(self) -> dict[str, Any]:
-        return _plain(dataclasses.asdict(self.config.optim))  # type: ignore[no-any-return]
+        return as_json(dataclasses.asdict(self.config.optim))  # type: ignore[no-any-return]
 
     def _seed(self, stream: int) -> None:
         seed = int(np.random.SeedSequence([self.config.run.seed, stream]).generate_state(1)[0])
@@ -409,31 +364,3 @@ class Run:
 
     def _bytes(self) -> float:
         return self._before["bytes_sent"] + self.optimizer.exchange.bytes_sent
-
-
-def _steps(name: str, text: str, steps_per_epoch: int) -> int:
-    """``"2 epochs"`` or ``"50 steps"`` in steps; 0 for ``"never"``."""
-    if text == "never":
-        return 0
-    found = re.fullmatch(r"([1-9][0-9]{0,8}) *(epoch|step)s?", text.strip())
-    if found is None:
-        raise UserError(f'run.{name} must be like "1 epoch", "50 steps" or "never", got "{text}"')
-    return int(found[1]) * (steps_per_epoch if found[2] == "epoch" else 1)
-
-
-def _plain(value: Any) -> Any:
-    """``value`` as JSON would give it back."""
-    return json.loads(json.dumps(value))
-
-
-def _differences(then: Any, now: Any, where: str = "") -> list[str]:
-    """Keys in which two configs differ, with both values; what a restart may change is left out."""
-    if isinstance(then, dict) and isinstance(now, dict):
-        keys = [k for k in now if f"{where}{k}" not in _FREE]
-        return [d for k in keys for d in _differences(then.get(k), now[k], f"{where}{k}.")]
-    if _plain(then) == _plain(now):
-        return []
-    return [f"{where[:-1]} = {now!r} (was {then!r})"]
-
-
-_FREE = ("run.dir", "run.resume", "run.keep", "run.epochs", "run.tensorboard", "data.path")

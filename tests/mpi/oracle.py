@@ -187,7 +187,7 @@ def flatten(tensors: list[torch.Tensor]) -> NDArray[np.float32]:
     return np.concatenate([t.reshape(-1).numpy() for t in tensors])
 
 
-def train(opt: Any, net: Net, steps: int, start: int = 0) -> None:
+def train(opt: Any, net: Any, steps: int, start: int = 0) -> None:
     """Plain training; ``start`` is the first step's number."""
     for k in range(start, start + steps):
         opt.zero_grad()

@@ -312,8 +312,6 @@ def test_mnist_files(job: Trainer, comm: MPI.Intracomm, folder: Path) -> None:
     job.refuses("cut/train-images-idx3-ubyte is truncated", mnist, "data.path=cut")
     job.refuses("label 10 of sample 10 is not in 0 .. 9", mnist, "data.path=labels")
     job.refuses("missing has no t10k-labels-idx1-ubyte", mnist, "data.path=missing")
-    mine = "missing" if comm.rank == comm.size - 1 else "labels"  # each rank another mistake
-    job.refuses("label 10" if comm.size > 1 else "missing has no", mnist, f"data.path={mine}")
 
 
 def test_cifar_files(job: Trainer, comm: MPI.Intracomm, folder: Path) -> None:

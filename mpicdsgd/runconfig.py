@@ -1,0 +1,90 @@
+"""The config of a run as a whole, and what a restart may find changed in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mpicdsgd import config as reading
+from mpicdsgd.agents import AgentsConfig
+from mpicdsgd.algorithms.choose import OptimConfig
+from mpicdsgd.data import DataConfig
+from mpicdsgd.errors import UserError
+from mpicdsgd.exchange import ExchangeConfig
+from mpicdsgd.models import ModelConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Section ``[run]`` of a run's config."""
+
+    dir: str = ""  # "": runs/<name of the config file>
+    epochs: int = 10
+    seed: int = 0
+    evaluate_every: str = "1 epoch"  # or "50 steps", or "never": at the end only
+    checkpoint_every: str = "1 epoch"
+    evaluate_batch: int = 500  # samples at a time
+    evaluate_train: bool = False  # on the agent's whole share, not the epoch's running mean
+    resume: str = "auto"  # or "never": begin anew, as a new generation of the run
+    keep: int = 3  # checkpoints
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run's whole config."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    agents: AgentsConfig = field(default_factory=AgentsConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read ``path``, apply ``section.key=value`` overrides, fill in defaults. Local.
+
+    Raises:
+        UserError: see `mpicdsgd.config`.
+    """
+    tables = reading.read_toml(path)
+    reading.override(tables, overrides)
+    config = reading.fill(Config, tables)
+    if not config.run.dir:
+        run = dataclasses.replace(config.run, dir=str(Path("runs") / path.stem))
+        config = dataclasses.replace(config, run=run)
+    return config
+
+
+def every(name: str, text: str, steps_per_epoch: int) -> int:
+    """``"2 epochs"`` or ``"50 steps"`` in steps; 0 for ``"never"``."""
+    if text == "never":
+        return 0
+    found = re.fullmatch(r"([1-9][0-9]{0,8}) *(epoch|step)s?", text.strip())
+    if found is None:
+        raise UserError(f'run.{name} must be like "1 epoch", "50 steps" or "never", got "{text}"')
+    return int(found[1]) * (steps_per_epoch if found[2] == "epoch" else 1)
+
+
+def as_json(value: Any) -> Any:
+    """``value`` as JSON would give it back."""
+    return json.loads(json.dumps(value))
+
+
+def differences(then: Any, now: Any, where: str = "") -> list[str]:
+    """Keys in which two configs differ, with both values; what a restart may change is left out."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        keys = [k for k in now if f"{where}{k}" not in MAY_CHANGE]
+        return [d for k in keys for d in differences(then.get(k), now[k], f"{where}{k}.")]
+    if as_json(then) == as_json(now):
+        return []
+    return [f"{where[:-1]} = {now!r} (was {then!r})"]
+
+
+MAY_CHANGE = ("run.dir", "run.resume", "run.keep", "run.epochs", "run.tensorboard", "data.path")
