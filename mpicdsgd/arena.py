@@ -11,6 +11,7 @@ import logging
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class Arena:
         segments: the kernel's table, one row for each tensor.
 
     Raises:
-        UserError: for a tensor of another dtype, layout or device.
+        UserError: for a tensor of another dtype, layout or device, or for two that share memory.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Arena:
         self.tensors = [*parameters, *buffers]
         for i, tensor in enumerate(self.tensors):
             _check(f"tensor {i} {tuple(tensor.shape)}", tensor)
+        _check_apart(self.tensors)
         lengths = np.array([t.numel() for t in self.tensors], dtype=np.int64)
         padded = -(-lengths // _ALIGN) * _ALIGN
         ends = np.cumsum(padded)
@@ -194,6 +196,18 @@ def _check(name: str, tensor: torch.Tensor) -> None:
         raise UserError(
             f"{name} is {tensor.layout} on {tensor.device}: parameters must be dense on the CPU"
         )
+
+
+def _check_apart(tensors: Sequence[torch.Tensor]) -> None:
+    # Views of their own in the arena, they would not change together any more.
+    dense = [(i, t) for i, t in enumerate(tensors) if t.numel() and _dense_strides(t) == t.stride()]
+    spans = sorted((t.data_ptr(), t.data_ptr() + 4 * t.numel(), i) for i, t in dense)
+    for (_, end, i), (begin, _, j) in pairwise(spans):
+        if begin < end:
+            raise UserError(
+                f"tensors {min(i, j)} and {max(i, j)} share memory: give each once, and tie "
+                "parameters by using the same Parameter object in both places"
+            )
 
 
 def _dense_strides(tensor: torch.Tensor) -> tuple[int, ...]:

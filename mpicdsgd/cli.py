@@ -22,7 +22,12 @@ from mpicdsgd.errors import UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in ``argv``; returns the exit code. ``train`` is collective."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest:  # argparse takes no overrides behind an option: train RUN.toml --agents 5 optim.lr=0.1
+        if not hasattr(arguments, "overrides") or any(text.startswith("-") for text in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.overrides += rest
     logging.basicConfig(format="%(message)s", level=logging.INFO if _first() else logging.WARNING)
     try:
         code: int = arguments.run(arguments)
@@ -88,9 +93,11 @@ def _train(arguments: argparse.Namespace) -> int:
 def _graph(arguments: argparse.Namespace) -> int:
     from mpicdsgd.specs import graph_from_spec, mixing_from_spec
 
+    if arguments.png and len(arguments.specs) != 1:
+        raise UserError(f"--png draws one graph, got {len(arguments.specs)} specs")
     reports = []
     for spec in arguments.specs:
-        n = arguments.agents or _agents_in(spec)
+        n = _agents_in(spec) if arguments.agents is None else arguments.agents
         graph = graph_from_spec(spec, n)
         mixing = mixing_from_spec(arguments.mixing, graph)
         spectrum = mixing.spectrum
@@ -120,8 +127,6 @@ def _graph(arguments: argparse.Namespace) -> int:
     if arguments.png:
         from mpicdsgd.graphplot import draw_graph
 
-        if len(arguments.specs) != 1:
-            raise UserError(f"--png draws one graph, got {len(arguments.specs)} specs")
         draw_graph(graph, mixing, Path(arguments.png))
         print(f"drawing: {arguments.png}", file=sys.stderr if arguments.json else sys.stdout)
     return 0

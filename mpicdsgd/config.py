@@ -18,8 +18,12 @@ from typing import Any, TypeVar
 import tomli_w
 
 from mpicdsgd.errors import UserError
+from mpicdsgd.runfolder import reason
+from mpicdsgd.userfiles import printable
 
 T = TypeVar("T")
+
+_DEPTH = 20  # of lists and tables within a value
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -28,12 +32,15 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: if it cannot be read or is not TOML.
     """
+    shown = printable(str(path))
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the config {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not valid TOML: {' '.join(str(error).split())}") from None
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+        raise UserError(f"cannot read the config {shown}: {reason(error)}") from None
+    try:
+        return tomllib.loads(data.decode())
+    except (ValueError, RecursionError) as error:  # not only TOMLDecodeError: 5,000 digits, say
+        raise UserError(f"{shown} is not valid TOML: {reason(error)}") from None
 
 
 def override(tables: dict[str, Any], assignments: Sequence[str]) -> None:
@@ -50,13 +57,15 @@ def override(tables: dict[str, Any], assignments: Sequence[str]) -> None:
         *path, key = name.strip().split(".")
         if not equals or not path or not all([*path, key]):
             raise UserError(
-                f'"{assignment}" is not of the form section.key=value, as in optim.lr=0.02'
+                f'"{printable(assignment)}" is not of the form section.key=value, '
+                "as in optim.lr=0.02"
             )
         table = tables
         for part in path:
             table = table.setdefault(part, {})
             if not isinstance(table, dict):
-                raise UserError(f'"{assignment}": {part} is a value and has no keys')
+                shown = printable(assignment)
+                raise UserError(f'"{shown}": {printable(part)} is a value and has no keys')
         table[key] = _value(text)
 
 
@@ -74,11 +83,11 @@ def fill(cls: type[T], tables: Mapping[str, Any], where: str = "") -> T:
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
             hint = f"did you mean {where}{near[0]}?" if near else f"known are {', '.join(names)}"
-            raise UserError(f"unknown config key {full}: {hint}")
+            raise UserError(f"unknown config key {printable(full)}: {hint}")
         hint_type = hints[key]
         if dataclasses.is_dataclass(hint_type):
             if not isinstance(value, dict):
-                raise UserError(f"config key {full} must be a section, got {value!r}")
+                raise UserError(f"config key {full} must be a section, got {_brief(value)}")
             values[key] = fill(typing.cast(type[Any], hint_type), value, f"{full}.")
         else:
             values[key] = _typed(full, value, hint_type)
@@ -94,12 +103,14 @@ def write_toml(config: Any, path: Path, header: Mapping[str, Any]) -> None:
 
 def _value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+        tables = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
         return text.strip()
+    return tables["value"] if len(tables) == 1 else text.strip()
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
+    _check_plain(name, value)
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for kind in allowed:
         origin = typing.get_origin(kind) or kind
@@ -112,4 +123,27 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     words = {str: "a string", int: "an integer", float: "a number", bool: "true or false",
              dict: "a table", list: "a list"}  # fmt: skip
     wanted = " or ".join(words.get(typing.get_origin(k) or k, str(k)) for k in allowed)
-    raise UserError(f"config key {name} must be {wanted}, got {value!r}")
+    raise UserError(f"config key {name} must be {wanted}, got {_brief(value)}")
+
+
+def _check_plain(name: str, value: Any, depth: int = 0) -> None:
+    """Raise a UserError unless ``value`` can be kept as JSON: no dates, no numbers without end."""
+    if depth > _DEPTH:
+        raise UserError(f"config key {printable(name)[:80]} is nested deeper than {_DEPTH} levels")
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_plain(f"{name}.{key}", inner, depth + 1)
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            _check_plain(f"{name}[{i}]", inner, depth + 1)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise UserError(f"config key {printable(name)}: integers have at most 64 bits, as in TOML")
+    elif not isinstance(value, str | int | float):
+        raise UserError(f"config key {printable(name)} must not be a date or time: quote it")
+
+
+def _brief(value: Any) -> str:
+    try:
+        return printable(repr(value))[:80]
+    except (RecursionError, ValueError):  # nested too deep; an integer of thousands of digits
+        return f"a {type(value).__name__} too large to be shown"

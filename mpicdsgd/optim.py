@@ -30,6 +30,11 @@ from mpicdsgd.exchange import AgentFault, Exchange, ExchangeConfig, Reason, open
 
 log = logging.getLogger("mpicdsgd")
 
+NO_GRADIENT = (
+    "no parameter has a gradient: did backward() run, or were the model's parameters replaced "
+    "(deepcopy, load_state_dict(assign=True))? opt.mix() steps without one"
+)
+
 
 class AgentOptimizer(torch.optim.Optimizer):
     """Base of the decentralised optimizers; use one of `mpicdsgd.algorithms`.
@@ -100,10 +105,7 @@ class AgentOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._begin()
         if self.arena.fill_segments(list(self._coefficients_per_tensor())) == 0:
-            raise RuntimeError(
-                "no parameter has a gradient: did backward() run, or were the model's parameters "
-                "replaced (deepcopy, load_state_dict(assign=True))? opt.mix() steps without one"
-            )
+            raise RuntimeError(NO_GRADIENT)
         self._advance(self.arena.segments)
         return loss
 
@@ -190,6 +192,7 @@ class AgentOptimizer(torch.optim.Optimizer):
         self.exchange.wait(self.steps)
         for name, array in AgentOptimizer.arrays(self).items():
             array[:] = arrays[name]
+        self.arena.written()
         self.steps = steps
         self._publish()
 
@@ -235,9 +238,12 @@ class AgentOptimizer(torch.optim.Optimizer):
         self._begin()
         momentum = {p: s["v"].clone() for p, s in self.state.items() if "v" in s}
         ahead = {p: s["x"].clone() for p, s in self.state.items() if "x" in s}
+        stop_wanted = self.exchange.stop_wanted
         self.close()
         super().add_param_group(param_group)
         self._open()
+        if stop_wanted:
+            self.exchange.request_stop()
         for values, name in ((momentum, "v"), (ahead, "x")):
             for parameter, value in values.items():
                 self.state[parameter][name].copy_(value)
@@ -333,6 +339,13 @@ class AgentOptimizer(torch.optim.Optimizer):
             )
             self.exchange.report(Reason.CHANGED_BY_HAND)
             self._accept()
+        self._take_buffers()
+
+    def _take_buffers(self) -> None:
+        """What the forward pass made of mixed buffers, it made in the arena: x has them too."""
+        if self._x is not None:
+            end = self.arena.parameters_end
+            self._x[end:] = self.arena.flat[end:]
 
     def _accept(self) -> None:
         self.arena.accept()
@@ -384,6 +397,7 @@ class AgentOptimizer(torch.optim.Optimizer):
 
     def _publish(self) -> None:
         """Write p <- Q(x) and post; the exchange must be free."""
+        self._take_buffers()
         if not self._pass(self.x, self.x, [], self.arena.mix_only_segments(), last=False):
             self.exchange.report(Reason.NON_FINITE)
         self._accept()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mpicdsgd.agents import Agents
 from mpicdsgd.arena import Coefficients
 from mpicdsgd.exchange import ExchangeConfig
-from mpicdsgd.optim import AgentOptimizer
+from mpicdsgd.optim import NO_GRADIENT, AgentOptimizer
 
 
 class Mixed(AgentOptimizer):
@@ -60,6 +60,8 @@ class Mixed(AgentOptimizer):
         self._begin()
         with torch.enable_grad():
             loss = self.optimizer.step(closure)
+        if all(parameter.grad is None for parameter in self.arena.parameters):
+            raise RuntimeError(NO_GRADIENT)
         self._advance(self._segments())
         return loss
 

@@ -10,12 +10,11 @@ different order would swap their data without any error from MPI.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 from mpi4py import MPI
@@ -102,6 +101,11 @@ class NeighborExchange:
         """Have all agents stop after the same step. Local, also in a signal handler."""
         self._stop_wanted = True  # the tuple is made in post(), where the step is certain
 
+    @property
+    def stop_wanted(self) -> bool:
+        """Whether a stop was asked for here, or is known to have been elsewhere."""
+        return self._stop_wanted or self.stop_step < NEVER
+
     def report(self, reason: Reason) -> None:
         """Have all agents raise the fault after the same step. Local."""
         self._found = self._found or reason
@@ -112,8 +116,7 @@ class NeighborExchange:
             self.stop_step = min(self.stop_step, step + self._diameter)
             self._stop_wanted = False
         if self._found:
-            found = Fault(step + self._diameter, self._found, self._rank, step)
-            self.fault = min(self.fault, found)
+            self.fault = min(self.fault, self._own_fault(step))
             self._found = Reason.NONE
         self._post(Header(step, mixing_round, self._generation, self.stop_step, self.fault))
 
@@ -169,6 +172,8 @@ class NeighborExchange:
         if self._closed:
             return
         self._closed = True
+        if self._found:  # after the last post
+            self.fault = min(self.fault, self._own_fault(self._step))
         everybody_closes = self._all.Ibarrier()
         patience = Patience(self._timeout_s)
         while not everybody_closes.Test():
@@ -180,8 +185,7 @@ class NeighborExchange:
             if not patience.pause():
                 raise AgentMissing(self._missing())
             yield
-        ends = np.empty((self._all.size, 2), np.int64)
-        self._all.Allgather(np.array([self._posted, self._step]), ends)
+        ends = yield from self._gather([self._posted, self._step], patience)
         while self._request is not None or self._posted < ends[:, 0].max():
             if self._request is None:
                 self._post_leaving()
@@ -190,7 +194,9 @@ class NeighborExchange:
             elif not patience.pause():
                 raise AgentMissing(self._missing())
             yield
-        self.fault = min(Fault(*f) for f in self._all.allgather(dataclasses.astuple(self.fault)))
+        fault = [self.fault.step, self.fault.reason, self.fault.agent, self.fault.at]
+        faults = yield from self._gather(fault, patience)
+        self.fault = min(Fault(f[0], Reason(f[1]), f[2], f[3]) for f in faults.tolist())
         steps = ends[:, 1]
         if self._rank == 0 and steps.min() != steps.max():
             log.warning("the agents closed after different numbers of steps: %s", steps.tolist())
@@ -198,6 +204,22 @@ class NeighborExchange:
         self._block.Free()
         self._comm.Free()
         self._all.Free()
+
+    def _gather(
+        self, values: list[int], patience: Patience
+    ) -> Generator[None, None, NDArray[np.int64]]:
+        """All ranks' values, a row each; without blocking, as another exchange may come first."""
+        mine = np.array(values, np.int64)
+        rows = np.empty((self._all.size, mine.size), np.int64)
+        request = self._all.Iallgather(mine, rows)
+        while not request.Test():
+            if not patience.pause():
+                raise AgentMissing(self._missing())
+            yield
+        return rows
+
+    def _own_fault(self, step: int) -> Fault:
+        return Fault(step + self._diameter, self._found, self._rank, step)
 
     def _post(self, header: Header) -> None:
         assert self._request is None, "post() before wait()"
@@ -228,10 +250,12 @@ class NeighborExchange:
         self.stop_step = min(self.stop_step, header.stop_step)
         self.fault = min(self.fault, header.fault)
         if header.leaving:
-            self._learn_of_leavers()
+            self._learn_of_leavers()  # more than one may have left: the first is named
+            assert self._left is not None
+            last_step, leaver = self._left
             raise AgentLeft(
-                f"agent {header.leaver} left after step {header.leaver_step}, agent {self._rank} "
-                f"is at step {step}: all agents must take the same number of steps"
+                f"agent {leaver} left after step {last_step}, agent {self._rank} is at step {step}: "
+                "all agents must take the same number of steps"
             )
         if header.generation != self._generation:
             raise OutOfStep(

@@ -5,6 +5,7 @@ Each job's timeout lies far above what it needs; the exchange's own is given whe
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,3 +118,13 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(run: Run, tmp_path: Path) -
     expected = "mpicdsgd: unknown config key optim.momentun: did you mean optim.momentum?\n"
     assert (job.code, job.out, job.err) == (2, "", expected)
     assert not (tmp_path / "runs").exists()
+
+
+def test_train_starts_its_own_ranks(run: Run, tmp_path: Path) -> None:
+    job = train(run, tmp_path, 0, "--agents", "2", "run.epochs=1")
+    assert job.code == 0, job.err
+    assert job.out.startswith("2 agents on ring: mean test accuracy nan")
+    assert job.out.endswith("everything is in runs/r\n")
+    assert job.out.count("\n") == 1
+    (line,) = (tmp_path / "runs" / "r" / "metrics.jsonl").read_text().splitlines()
+    assert len(json.loads(line)["test_loss"]["agents"]) == 2

@@ -103,18 +103,21 @@ def cdmsgd(
     decay: Any = 0.0,
     tau: int = 1,
     after: After = lambda k, X: X,
+    V: Matrix | None = None,
+    start: int = 0,
 ) -> tuple[Matrix, Matrix]:
     """X and V after ``steps`` steps of CDSGD ("none"), "polyak", "nesterov" or "look-ahead".
 
     Args:
         alpha: step size at step k, a number or an array of shape (D,).
         mu, decay: numbers or arrays of shape (D,).
+        V, start: momentum and number of the first step, to go on.
         after: what somebody makes of X by hand after step k.
     """
     M = np.linalg.matrix_power(Pi, tau)
     X = X.astype(np.float64)
-    V = np.zeros_like(X)
-    for k in range(steps):
+    V = np.zeros_like(X) if V is None else V
+    for k in range(start, start + steps):
         at = X + mu * V if form == "look-ahead" else X
         G, given = gradient(k, at)
         A = alpha(k) * (G + decay * at)
@@ -212,3 +215,17 @@ def make_agents(
     comm: MPI.Intracomm, topology: str = "ring", mixing: str = "metropolis", **options: Any
 ) -> Agents:
     return Agents(comm, matrix(comm.size, topology, mixing), **options)
+
+
+def step_and_check(
+    comm: MPI.Intracomm, opt: Any, parameters: list[torch.Tensor], Pi: Matrix, lr: float
+) -> None:
+    """Take a CDSGD step with the gradients that are there, and compare it with Pi X - lr G."""
+    X = gather(comm, flatten([p.detach() for p in parameters]))
+    dense = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters]
+    G = gather(comm, flatten(dense))
+    opt.step()
+    found = gather(comm, flatten([p.detach() for p in parameters]))
+    expected = Pi @ X - lr * G
+    assert np.abs(G).max() > 0
+    assert relative(found, expected) <= 1e-6

@@ -215,6 +215,14 @@ def test_a_config_that_differs_on_a_rank(job: Trainer, comm: MPI.Intracomm, fold
         )
 
 
+def test_another_number_of_agents_than_ranks(
+    job: Trainer, comm: MPI.Intracomm, folder: Path
+) -> None:
+    if comm.size > 1:  # one rank may have no launcher, and would start one
+        more = comm.size + 1
+        job.refuses(f"--agents {more}, but the launcher started", "--agents", str(more))
+
+
 def test_graph_files(job: Trainer, comm: MPI.Intracomm, folder: Path) -> None:
     def write() -> None:
         Path("parts.edges").write_text("".join(f"{i} {i}\n" for i in range(comm.size)))

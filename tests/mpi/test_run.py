@@ -182,7 +182,7 @@ def same(comm: MPI.Intracomm, whole: str, other: str) -> None:
 class Agent:
     """What a checkpoint holds of an agent."""
 
-    x_D: np.ndarray
+    x: np.ndarray  # shape (D,)
     buffers: dict[str, np.ndarray]
 
 
@@ -207,12 +207,12 @@ def model_of(make: Any, agent: Agent) -> nn.Module:
     offset = 0
     with torch.no_grad():
         for parameter in model.parameters():
-            values = agent.x_D[offset : offset + parameter.numel()]
+            values = agent.x[offset : offset + parameter.numel()]
             parameter.copy_(torch.from_numpy(values.reshape(parameter.shape)))
             offset += -(-parameter.numel() // 16) * 16
         for name, buffer in model.named_buffers():
             buffer.copy_(torch.from_numpy(np.array(agent.buffers[name])))
-    assert offset == len(agent.x_D)
+    assert offset == len(agent.x)
     return model.eval()
 
 
@@ -251,7 +251,7 @@ def test_the_metrics_are_what_the_checkpoint_says(comm: MPI.Intracomm, folder: P
         expected = loss_and_accuracy(model_of(normalised, agent), test_x, test_y)
         assert (loss_, accuracy) == pytest.approx(expected, rel=1e-5)
 
-    x_ND = np.array([agent.x_D for agent in agents], dtype=np.float64)
+    x_ND = np.array([agent.x for agent in agents], dtype=np.float64)
     distances = np.linalg.norm(x_ND - x_ND.mean(0), axis=1)
     assert found["consensus"]["max"] == pytest.approx(distances.max(), rel=1e-4)
     rms = math.sqrt((distances**2).mean())
@@ -275,7 +275,7 @@ def test_the_metrics_are_what_the_checkpoint_says(comm: MPI.Intracomm, folder: P
     # A message: 64 bytes of header, then x, 4 bytes an element, padded to 64. One for every step
     # and one before the first, to each reader.
     readers = sum(run.agents.graph.degrees)
-    message = 64 * (1 + -(-4 * len(agents[0].x_D) // 64))
+    message = 64 * (1 + -(-4 * len(agents[0].x) // 64))
     for before in lines:
         assert before["bytes_sent"] == (before["step"] + 1) * message * readers // comm.size
 
@@ -402,7 +402,7 @@ def test_initial_parameters(comm: MPI.Intracomm, folder: Path) -> None:
         start.optimizer.close()
         all_x = comm.allgather(x)
         assert not np.array_equal(all_x[0], all_x[1])
-        means = [np.mean(all_x, 0), np.mean([a.x_D for a in agents_of("own", comm.size)], 0)]
+        means = [np.mean(all_x, 0), np.mean([a.x for a in agents_of("own", comm.size)], 0)]
         assert means[1] == pytest.approx(means[0], abs=1e-6), "mixing keeps the mean"
 
 
@@ -431,7 +431,8 @@ def test_regression(comm: MPI.Intracomm, folder: Path) -> None:
 def test_partitions(comm: MPI.Intracomm, folder: Path, partition: str) -> None:
     if partition == "by-class" and comm.size > 3:
         pytest.skip("three classes")
-    run = train(comm, f"data.partition={partition}", "data.batch_size=1", "run.epochs=1")
+    one = ("run.epochs=1", "data.batch_size=1", "model.name=logistic")
+    run = train(comm, f"data.partition={partition}", *one)
     shares = run.data.shares
     assert sum(shares) == 40 * comm.size
     assert run.optimizer.steps == max(shares)

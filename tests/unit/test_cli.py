@@ -1,0 +1,292 @@
+"""The commands that need no job, what ``train --agents`` starts, and which commands load MPI."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+from team import write
+
+import mpicdsgd
+from mpicdsgd import cli, launch
+from mpicdsgd.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in launch._SET_BY_LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+
+
+def done(*words: str) -> None:
+    assert cli.main(words) == 0
+
+
+def refused(capsys: pytest.CaptureFixture[str], text: str, *words: str) -> None:
+    """Exit code 2, one line on stderr that contains ``text``, nothing on stdout."""
+    capsys.readouterr()
+    assert cli.main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("mpicdsgd: ")
+    assert text in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def usage(capsys: pytest.CaptureFixture[str], text: str, *words: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(words)
+    assert end.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"mpicdsgd {mpicdsgd.__version__}\n"
+
+
+def test_graph_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    done("graph", "star", "-n", "5", "--mixing", "lazy:metropolis")
+    text = capsys.readouterr().out
+    assert "star: 5 agents, 4 edges, degree 1 to 4, diameter 2" in text
+    # Metropolis on a star of 5: weight 1/5 on each edge; eigenvalues 1, 4/5 (three times), 0.
+    assert "lambda_2 0.900000, lambda_N 0.500000, gap 0.100000" in text
+    assert text.count("  holds  ") == 6
+    done("graph", "ring", "torus:2x3", "-n", "6")
+    text = capsys.readouterr().out
+    assert "ring: 6 agents, 6 edges, degree 2, diameter 3" in text
+    assert "torus:2x3: 6 agents, 9 edges, degree 3, diameter 2" in text
+    assert text.count("  FAILS  eigenvalues in [0, 1]") == 2
+
+
+def test_graph_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    done("graph", "complete", "exponential", "-n", "6", "--mixing", "uniform", "--json")
+    complete, exponential = json.loads(
+        capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name)
+    )
+    expected = {
+        "spec": "complete", "agents": 6, "directed": False, "edges": 15, "degree_min": 5,
+        "degree_max": 5, "diameter": 1, "mixing": "uniform",
+    }  # fmt: skip
+    assert {key: complete[key] for key in expected} == expected
+    assert complete["lambda_2"] == pytest.approx(0, abs=1e-12)
+    assert complete["lambda_n"] == pytest.approx(0, abs=1e-12)
+    assert complete["gap"] == pytest.approx(1)
+    for condition in complete["assumption_2"]:
+        assert condition.keys() == {"condition", "holds", "detail"}
+    # Agent j sends to j + 1, j + 2, j + 4.
+    assert (exponential["directed"], exponential["edges"]) == (True, 18)
+    assert exponential["remarks"], "the theorems do not cover it"
+
+
+def test_the_number_of_agents(capsys: pytest.CaptureFixture[str]) -> None:
+    done("graph", "grid:2x3", "--json")
+    assert json.loads(capsys.readouterr().out)[0]["agents"] == 6
+    refused(capsys, "how many agents has ring? Say it with -n, as in -n 5", "graph", "ring")
+    refused(capsys, "at least one agent, got 0", "graph", "ring", "-n", "0")
+    refused(capsys, "0", "graph", "torus:4x4", "-n", "0")
+    refused(capsys, "at least one agent, got -3", "graph", "ring", "-n", "-3")
+    refused(capsys, "torus", "graph", "torus:4x4", "-n", "15")
+
+
+def test_graph_from_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "net.edges"
+    path.write_text("0 1\n1 2\n")
+    done("graph", f"file:{path}", "-n", "3", "--json")
+    assert json.loads(capsys.readouterr().out)[0]["edges"] == 2
+    path.write_text("0 1\n2 3\n")
+    refused(capsys, "is not connected", "graph", f"file:{path}", "-n", "4")
+    refused(capsys, "none.edges", "graph", f"file:{tmp_path}/none.edges", "-n", "4")
+
+
+def test_graph_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "new" / "ring.png"
+    done("graph", "ring", "-n", "5", "--json", "--png", str(out))
+    assert out.read_bytes().startswith(b"\x89PNG")
+    captured = capsys.readouterr()
+    assert len(json.loads(captured.out)) == 1, "stdout is JSON alone"
+    assert captured.err == f"drawing: {out}\n"
+    two = ("graph", "ring", "chain", "-n", "5", "--png", str(out))
+    refused(capsys, "--png draws one graph, got 2 specs", *two)
+    assert cli.main(["graph", "ring", "-n", "5", "--png", "ring.doc"]) == 2
+    assert "use .png, .pdf, .svg" in capsys.readouterr().err
+
+
+def spread(value: float) -> dict[str, Any]:
+    return {"mean": value, "std": 0.0, "agents": [value]}
+
+
+def make_run(folder: Path) -> Path:
+    """A run's folder with checkpoints of two agents and metrics."""
+    write(folder, 1, 10, 20, size=2)
+    lines = [
+        {
+            "step": step,
+            "epoch": step / 10,
+            **{key: spread(0.5) for key in ("train_loss", "test_loss", "test_accuracy")},
+            "averaged_model": {"test_loss": 0.5, "test_accuracy": 0.5},
+            "consensus": {"max": 0.1, "rms": 0.1},
+        }
+        for step in (10, 20)
+    ]
+    (folder / "metrics.g0001.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    return folder
+
+
+def test_plot(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    done("plot", str(run))
+    assert capsys.readouterr().out == f"plot: {run}/metrics.png\n"
+    assert (run / "metrics.png").read_bytes().startswith(b"\x89PNG")
+    done("plot", str(run), str(run), "--out", str(tmp_path / "both.svg"))
+    assert (tmp_path / "both.svg").exists()
+    refused(capsys, "there are no metrics at", "plot", str(tmp_path / "none"))
+
+
+def test_inspect(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    done("inspect", str(run), "--json")
+    newest, older = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert [newest["step"], older["step"]] == [20, 10]
+    assert newest["intact"]
+    path = run / "checkpoints" / "step-00000020" / "rank-0001.g0001.h5"
+    path.write_bytes(path.read_bytes()[:-1])
+    done("inspect", str(run))
+    text = capsys.readouterr().out
+    assert "step-00000020: step 20, generation 1, 2 agents," in text
+    assert "NOT INTACT\n" in text
+    assert "  rank-0001.g0001.h5: has" in text
+    assert f"  consensus distance: max {older['consensus']['max']:.6e}" in text
+    refused(capsys, "holds no checkpoint", "inspect", str(tmp_path / "none"))
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    done("info", "--json")
+    report = json.loads(capsys.readouterr().out)
+    assert report["mpicdsgd"] == mpicdsgd.__version__
+    assert report["kernel"] in ("compiled", "numpy", "reference")
+    assert report["ranks"] >= 1
+    done("info")
+    assert f"torch          {report['torch']}\n" in capsys.readouterr().out
+
+
+def test_other_words(capsys: pytest.CaptureFixture[str]) -> None:
+    usage(capsys, "COMMAND")
+    usage(capsys, "invalid choice: 'trian'", "trian")
+    usage(capsys, "RUN.toml", "train")
+    usage(capsys, "SPEC", "graph")
+    usage(capsys, "unrecognized arguments: --fast", "train", "r.toml", "--fast")
+    usage(capsys, "unrecognized arguments: extra", "inspect", "run", "extra")
+    usage(capsys, "invalid int value: 'x'", "train", "r.toml", "--agents", "x")
+
+
+class Started(Exception):
+    """In place of another program."""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["r.toml", "optim.lr=0.1", "run.seed=2", "--agents", "3"],
+        ["--agents", "3", "r.toml", "optim.lr=0.1", "run.seed=2"],
+        ["r.toml", "--agents", "3", "optim.lr=0.1", "run.seed=2"],
+        ["r.toml", "optim.lr=0.1", "--agents", "3", "run.seed=2"],
+    ],
+)
+def test_train_with_agents_starts_mpiexec(
+    monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    def execv(path: str, command: list[str]) -> NoReturn:
+        assert command[0] == path
+        assert command[1:3] == ["-n", "3"]
+        train = [sys.executable, "-m", "mpicdsgd", "train", "r.toml", "optim.lr=0.1", "run.seed=2"]
+        assert command[-len(train) :] == train
+        raise Started
+
+    monkeypatch.setattr(os, "execv", execv)
+    with pytest.raises(Started):
+        cli.main(["train", *words])
+
+
+def test_train_with_agents_where_it_cannot(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    refused(capsys, "--agents must be at least 1, got 0", "train", "r.toml", "--agents", "0")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    refused(capsys, "no mpiexec beside this Python", "train", "r.toml", "--agents", "2")
+    for name in launch._SET_BY_LAUNCHERS:
+        assert not launch.inside_job()
+        monkeypatch.setenv(name, "0")
+        assert launch.inside_job()
+        monkeypatch.delenv(name)
+
+
+WITHOUT = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("mpi4py", "torch"):
+            raise ImportError(f"{name} must not be loaded")
+sys.meta_path.insert(0, Refuse())
+from mpicdsgd import cli
+for words in (
+    ["graph", "ring", "-n", "4", "--png", "g.png"],
+    ["plot", "run"],
+    ["inspect", "run"],
+    ["inspect", "run", "--json"],
+):
+    assert cli.main(words) == 0, words
+assert cli.main(["graph", "none", "-n", "4"]) == 2
+"""
+
+
+def test_login_node_commands_load_neither_mpi_nor_torch(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    path = str(Path(mpicdsgd.__file__).parent.parent)
+    ended = subprocess.run(
+        [sys.executable, "-c", WITHOUT],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "g.png").exists()
+    assert (tmp_path / "run" / "metrics.png").exists()
+
+
+def test_a_reader_that_goes_away(tmp_path: Path) -> None:
+    path = str(Path(mpicdsgd.__file__).parent.parent)
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run(
+        [sys.executable, "-m", "mpicdsgd", "graph", "ring", "-n", "4"],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (1, "")
+
+
+def test_a_mistake_found_by_the_library_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(arguments: object) -> NoReturn:
+        raise UserError("what was given: what to do")
+
+    monkeypatch.setattr(cli, "_graph", fail)
+    refused(capsys, "mpicdsgd: what was given: what to do\n", "graph", "ring")
