@@ -16,8 +16,8 @@ import torch
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from mpicdsgd import shutdown
-from mpicdsgd.agreement import TIMEOUT_S, agreement, require_same
+from mpicdsgd import native, shutdown
+from mpicdsgd.agreement import TIMEOUT_S, agreement, collect, require_same
 from mpicdsgd.errors import UserError
 from mpicdsgd.mixing import MixingMatrix
 from mpicdsgd.topology import Graph
@@ -96,7 +96,11 @@ class Agents:
         self.cores = max(1, len(mine) // sharers)
         node.Free()
         self.device = torch.device("cpu")
+        fallbacks = collect(self.comm, "the update kernel", native.fallback(), timeout_s)
         if self.rank == 0:
+            for text in sorted({text for text in fallbacks if text}):
+                ranks = [rank for rank, other in enumerate(fallbacks) if other == text]
+                log.warning("%s (ranks %s)", text, ", ".join(map(str, ranks)))
             for remark in (*self.graph.remarks, *mixing.remarks):
                 log.warning("%s", remark)
             if device == "auto" and torch.cuda.is_available():
@@ -119,6 +123,8 @@ class Agents:
         tensors = _tensors(model)
         self.same_layout(tensors)
         for tensor in tensors.values():
+            if tensor.numel() == 0:
+                continue
             data = tensor.detach()
             flat = data.contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
             for start in range(0, flat.size, 1 << 30):

@@ -19,6 +19,7 @@ from mpicdsgd.errors import UserError
 TIMEOUT_S = 300.0
 _NAME_BYTES = 64
 _RECORD_BYTES = 1024
+_abandoned: list[MPI.Request] = []  # kept, with their buffers: MPI may yet write into them
 
 
 class Disagreement(RuntimeError):
@@ -111,6 +112,7 @@ def wait_for(request: MPI.Request, timeout_s: float, who: str) -> None:
     patience = Patience(timeout_s)
     while not request.Test():
         if not patience.pause():
+            _abandoned.append(request)
             raise Disagreement(
                 f"{who}: waited {timeout_s:g} s for the other ranks; did one leave, or not come "
                 "to this call?"

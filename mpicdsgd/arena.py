@@ -113,7 +113,8 @@ class Arena:
         for i, (tensor, view, pointer) in enumerate(
             zip(self.tensors, self.views, self._pointers, strict=True)
         ):
-            if tensor.data_ptr() == pointer and tensor.dtype == torch.float32:
+            here = tensor.data_ptr() == pointer and tensor.dtype == torch.float32
+            if here and (tensor.shape, tensor.stride()) == (view.shape, view.stride()):
                 continue
             if tensor.numel() == 0 and tensor.shape == view.shape:
                 continue
@@ -125,7 +126,7 @@ class Arena:
             _check(name, tensor)
             if not torch.equal(tensor.detach(), view):
                 changed = True
-                view.copy_(tensor.detach())
+                view.copy_(tensor.detach().clone())  # it may be a view of the same memory
             tensor.data = view
             moved += 1
         if moved:

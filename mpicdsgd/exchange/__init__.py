@@ -71,7 +71,8 @@ def open_exchange(agents: Agents, size: int, config: ExchangeConfig) -> Exchange
     """Open an exchange of buffers of ``size`` elements. Collective over ``agents``.
 
     Raises:
-        UserError: on every rank, for a transport, wire type or timeout that is not offered.
+        UserError: on every rank, for a transport, wire type or timeout that is not offered, or a
+            size or wire type that is not the same on all.
     """
     with agents.agreement("the exchange's settings"):
         if config.transport not in ("auto", "neighbor"):
@@ -84,4 +85,5 @@ def open_exchange(agents: Agents, size: int, config: ExchangeConfig) -> Exchange
             )
         if not config.timeout_s > 0:
             raise UserError(f"exchange.timeout_s must be positive, got {config.timeout_s}")
+    agents.require_same("the exchange's buffers", f"{size} elements of {config.wire}")
     return NeighborExchange(agents, size, config.wire, config.timeout_s)

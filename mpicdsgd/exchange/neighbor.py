@@ -211,8 +211,9 @@ class NeighborExchange:
         """All ranks' values, a row each; without blocking, as another exchange may come first."""
         mine = np.array(values, np.int64)
         rows = np.empty((self._all.size, mine.size), np.int64)
-        request = self._all.Iallgather(mine, rows)
-        while not request.Test():
+        # Kept with its buffers even after the timeout, as MPI may yet write into them.
+        self._gathering = self._all.Iallgather(mine, rows)
+        while not self._gathering.Test():
             if not patience.pause():
                 raise AgentMissing(self._missing())
             yield

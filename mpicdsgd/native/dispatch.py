@@ -36,20 +36,20 @@ backend = "numpy" if _compiled is None else "compiled"
 _said = False
 
 
-def _say_once() -> None:
+def fallback() -> str:
+    """What a log must say of the kernel in use, "" where nothing; `update` leaves it out then."""
     global _said
-    if _said:
-        return
     _said = True
+    said = []
     choice = os.environ.get("MPICDSGD_KERNEL") or "auto"
     if choice not in CHOICES:
-        log.warning("MPICDSGD_KERNEL=%s is ignored: use one of %s", choice, ", ".join(CHOICES))
+        said.append(f"MPICDSGD_KERNEL={choice} is ignored: use one of {', '.join(CHOICES)}")
     if _compiled is None:
-        log.warning(
-            "the NumPy update kernel serves, several times slower than the compiled one: %s; "
-            "install a C++ compiler and reinstall mpicdsgd, or unset MPICDSGD_KERNEL",
-            reason,
+        said.append(
+            "the NumPy update kernel serves, several times slower than the compiled one: "
+            f"{reason}; install a C++ compiler and reinstall mpicdsgd, or unset MPICDSGD_KERNEL"
         )
+    return "; ".join(said)
 
 
 def update(
@@ -67,7 +67,9 @@ def update(
     wire: str,
     threads: int,
 ) -> bool:
-    """Mix, step and publish in one pass; return True if every value written to ``out`` is finite.
+    """Mix, step and publish in one pass; return True if all of ``out`` is finite.
+
+    With a 16-bit wire, all of ``p`` too: a float32 may round to infinity there.
 
     For every element of every segment, in float32, each operation rounded once, in this order::
 
@@ -102,8 +104,8 @@ def update(
         ValueError: for an array of the wrong dtype, size or layout, for overlaps, for segments
             that leave the arrays.
     """
-    if not _said:
-        _say_once()
+    if not _said and (message := fallback()):
+        log.warning("%s", message)
     if _compiled is None:
         run, more = reference.update, {}
     else:

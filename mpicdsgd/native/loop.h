@@ -67,7 +67,7 @@ template <int WIRE, int COUNT, bool FIRST, bool LAST> class Phase {
     }
   }
 
-  // Elements [i, end) of the flat buffers; true if what it wrote to out is finite.
+  // Elements [i, end) of the flat buffers; true if what it wrote to out is finite, also rounded to the wire.
   template <bool STREAM> bool run(long long i, long long end) const {
     constexpr int width = lanes<Vec>();
     unsigned bad = 0;
@@ -140,7 +140,7 @@ template <int WIRE, int COUNT, bool FIRST, bool LAST> class Phase {
         for (int n = 0; n < N; ++n) store(v + i + n * W, new_v[n]);
     }
     for (int n = 0; n < N; ++n) {
-      bad |= not_finite(acc[n]);
+      bad |= not_finite(rounded_to_wire<WIRE>(acc[n]));   // what overflows there is lost
       store(out + i + n * W, acc[n]);
     }
     if (y)

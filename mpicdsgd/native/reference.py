@@ -89,7 +89,7 @@ def update(
                 if g is not None:
                     acc = _stepped(acc, g[start:stop], at[i], v_i, s)
                 ahead = acc if v_i is None else acc + s["mu"] * v_i
-            finite = finite and bool(np.isfinite(acc).all())
+            finite = finite and bool(np.isfinite(from_wire(to_wire(acc, wire), wire)).all())
             out[i] = acc
             if y is not None:
                 y[i] = ahead

@@ -110,10 +110,9 @@ def sleeps() -> None:
 
 
 def normal() -> None:
-    first = make()
-    second = make()
-    loop(first)
-    loop(second, 3)
+    optimizers = [make() for _ in range(9)]  # which drain at exit, in any order
+    for steps, opt in enumerate(optimizers):
+        loop(opt, steps)
     print(f"rank {RANK} at its end")
 
 

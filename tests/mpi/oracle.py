@@ -53,7 +53,7 @@ class Problem:
         self.n, self.unused, self.frozen = n, unused, frozen
         self.inputs = rng.standard_normal((n, BATCHES, BATCH, 3)).astype(np.float32)
         self.targets = rng.standard_normal((n, BATCHES, BATCH, 2)).astype(np.float32)
-        self.start = rng.standard_normal((n, D)).astype(np.float32)
+        self.start = (0.5 * rng.standard_normal((n, D))).astype(np.float32)
 
     def uses_b2(self, k: int, agent: int) -> bool:
         return not self.unused or (k + agent) % 3 != 0

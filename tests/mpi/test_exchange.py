@@ -1,4 +1,4 @@
-"""The exchange alone: right values on every graph, and what it says when agents do not keep step."""
+"""The exchange alone: right values on every graph; what it says of agents out of step."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_who_goes_on_is_told_who_left_first(comm: MPI.Intracomm, topology: str) 
     steps = {0: 2, comm.size - 1: 3}.get(comm.rank, 6)
     error = run_until_error(exchange, 0, steps)
     exchange.close()
-    if comm.rank == 0:
+    if comm.rank in (0, comm.size - 1):
         assert error is None
     else:
         assert isinstance(error, AgentLeft)
@@ -236,7 +236,7 @@ def test_close_waits_no_longer_than_the_timeout(comm: MPI.Intracomm) -> None:
     last = comm.size - 1
     if comm.rank != last:
         exchange.post(1)
-        with pytest.raises(AgentMissing, match="waited 1.5 s"):
+        with pytest.raises(AgentMissing, match=r"waited 1\.5 s"):
             exchange.close()
     comm.Barrier()
     if comm.rank == last:

@@ -36,9 +36,7 @@ def of_kind(kind: str, parameters: Any, agents: Agents, **options: Any) -> Any:
     if kind == "adamw":
         return Mixed(torch.optim.AdamW(parameters, lr=0.01), agents, **options)
     nesterov: Any = True if kind == "nesterov" else kind
-    return CDMSGD(
-        parameters, lr=0.05, momentum=0.9, nesterov=nesterov, agents=agents, **options
-    )
+    return CDMSGD(parameters, lr=0.05, momentum=0.9, nesterov=nesterov, agents=agents, **options)
 
 
 def pair(agents: Agents, kind: str, **options: Any) -> tuple[Net, Any]:

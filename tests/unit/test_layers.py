@@ -29,7 +29,8 @@ LAYERS: list[tuple[str, set[str]]] = [
                          "data.hdf5", "data.loading", "data.mnist", "data.partition",
                          "data.samples", "data.shuffle", "data.source", "models", "evaluate"}),
     ("the run", {"config", "runfolder", "manifest", "rankfile", "inspection", "checkpoint", "state",
-                 "record", "figures", "graphplot", "plots", "progress", "measure", "runconfig", "run"}),
+                 "record", "figures", "graphplot", "plots", "progress", "measure", "runconfig",
+                 "run"}),
     ("command line", {"launch", "cli", "__main__"}),
 ]  # fmt: skip
 LAYER = {module: i for i, (_, modules) in enumerate(LAYERS) for module in modules}

@@ -241,6 +241,20 @@ def test_finite_flag(value, where, isa):
     assert run(update, a, **more)[0] is False
 
 
+@pytest.mark.parametrize("isa", ["numpy", *ISAS])
+def test_finite_flag_knows_what_overflows_in_the_wire(isa):
+    update = reference.update if isa == "numpy" else compiled.update
+    more = {} if isa == "numpy" else {"isa": isa}
+    for wire, largest, finite in [
+        ("float32", 1e38, True), ("bfloat16", 1e38, True), ("bfloat16", 3.4e38, False),
+        ("float16", 65504, True), ("float16", 65520, False),
+    ]:  # fmt: skip
+        a, _kept = make(np.random.default_rng(0), 100, 0, wire, lengths=[100], grad=False)
+        a["segments"]["own"] = 0
+        a["z"][41] = largest
+        assert run(update, a, **more)[0] is finite, (wire, largest)
+
+
 def _seg(name, value):
     def change(a):
         a["segments"][name] = value
@@ -359,6 +373,8 @@ def test_the_fallback_is_said_once(kernel, before, reason):
 def test_an_unknown_choice_is_said(monkeypatch, caplog):
     monkeypatch.setenv("MPICDSGD_KERNEL", "fortran")
     monkeypatch.setattr(dispatch, "_said", False)
+    a, _kept = make(np.random.default_rng(0), 100, 1, "float32", lengths=[99], grad=False)
     with caplog.at_level(logging.WARNING, "mpicdsgd"):
-        dispatch._say_once()
-    assert "fortran" in caplog.text
+        run(dispatch.update, a)
+        run(dispatch.update, a)
+    assert caplog.text.count("fortran") == 1
