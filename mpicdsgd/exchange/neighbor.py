@@ -255,8 +255,8 @@ class NeighborExchange:
             assert self._left is not None
             last_step, leaver = self._left
             raise AgentLeft(
-                f"agent {leaver} left after step {last_step}, agent {self._rank} is at step {step}: "
-                "all agents must take the same number of steps"
+                f"agent {leaver} left after step {last_step}, agent {self._rank} is at step "
+                f"{step}: all agents must take the same number of steps"
             )
         if header.generation != self._generation:
             raise OutOfStep(

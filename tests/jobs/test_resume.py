@@ -33,7 +33,7 @@ name = "{model}"
 loss = "victim:loss"
 buffers = "mixed"
 [data]
-name = "digits"
+name = "victim:data"
 batch_size = {batch}
 [optim]
 lr = 0.02

@@ -211,10 +211,20 @@ def matrix(n: int, topology: str = "ring", mixing: str = "metropolis") -> Mixing
         pytest.skip(str(error))
 
 
+_made: dict[tuple[int, str, str], Agents] = {}
+
+
 def make_agents(
     comm: MPI.Intracomm, topology: str = "ring", mixing: str = "metropolis", **options: Any
 ) -> Agents:
-    return Agents(comm, matrix(comm.size, topology, mixing), **options)
+    """Agents on a graph, skipping where it cannot be. Collective; made once, but for options."""
+    Pi = matrix(comm.size, topology, mixing)
+    if options:
+        return Agents(comm, Pi, **options)
+    key = (comm.size, topology, mixing)
+    if key not in _made:
+        _made[key] = Agents(MPI.COMM_WORLD if comm.size > 1 else MPI.COMM_SELF, Pi)
+    return _made[key]
 
 
 def step_and_check(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from mpi4py import MPI
 from numpy.typing import NDArray
-from oracle import BATCH, BATCHES, Problem, flatten, gather, matrix, relative, train
+from oracle import BATCH, BATCHES, Problem, flatten, gather, make_agents, matrix, relative, train
 
 from mpicdsgd import CDMSGD, CDSGD, Agents, Graph, MixingMatrix, complete, from_matrix, ring
 
@@ -19,7 +19,7 @@ TOLERANCE = 1e-6
 
 def alone() -> Agents:
     """One agent on each rank, for itself."""
-    return Agents(MPI.COMM_SELF, matrix(1))
+    return make_agents(MPI.COMM_SELF)
 
 
 class Regression(torch.nn.Module):

@@ -34,7 +34,7 @@ class Model(torch.nn.Module):
 
 
 def test_attributes(comm: MPI.Intracomm) -> None:
-    agents = make_agents(comm, "star")
+    agents = Agents(comm, matrix(comm.size, "star"))
     assert (agents.rank, agents.size) == (comm.rank, comm.size)
     assert agents.sources == agents.destinations == agents.graph.sources[comm.rank]
     assert agents.self_weight + sum(agents.weights) == pytest.approx(1.0)
