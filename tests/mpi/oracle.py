@@ -20,7 +20,16 @@ import torch
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from mpicdsgd import Agents, MixingMatrix, UserError, graph_from_spec, mixing_from_spec
+from mpicdsgd import (
+    CDMSGD,
+    CDSGD,
+    Agents,
+    Mixed,
+    MixingMatrix,
+    UserError,
+    graph_from_spec,
+    mixing_from_spec,
+)
 
 Matrix = NDArray[np.float64]
 Gradient = Callable[[int, Matrix], tuple[Matrix, NDArray[np.bool_]]]
@@ -239,3 +248,18 @@ def step_and_check(
     expected = Pi @ X - lr * G
     assert np.abs(G).max() > 0
     assert relative(found, expected) <= 1e-6
+
+
+def of_kind(kind: str, parameters: Any, agents: Agents, **options: Any) -> Any:
+    parameters = list(parameters)
+    if kind == "cdsgd":
+        return CDSGD(parameters, lr=0.05, agents=agents, **options)
+    if kind == "adamw":
+        return Mixed(torch.optim.AdamW(parameters, lr=0.01), agents, **options)
+    nesterov: Any = True if kind == "nesterov" else kind
+    return CDMSGD(parameters, lr=0.05, momentum=0.9, nesterov=nesterov, agents=agents, **options)
+
+
+def pair(agents: Agents, kind: str, **options: Any) -> tuple[Net, Any]:
+    net = Net(Problem(agents.size), agents.rank)
+    return net, of_kind(kind, net.parameters(), agents, **options)

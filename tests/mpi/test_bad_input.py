@@ -242,7 +242,6 @@ def test_graph_files(job: Trainer, comm: MPI.Intracomm, folder: Path) -> None:
     job.refuses("broken.json", "agents.topology=file:broken.json")
     job.refuses("binary.edges", "agents.topology=file:binary.edges")
     if comm.size == 4:
-        job.refuses("torus", "agents.topology=torus:1x4")
         job.refuses("regular", "agents.topology=regular:5")
 
 

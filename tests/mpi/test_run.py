@@ -435,10 +435,11 @@ def test_partitions(comm: MPI.Intracomm, folder: Path, partition: str) -> None:
     if partition == "by-class" and comm.size > 3:
         pytest.skip("three classes")
     one = ("run.epochs=1", "data.batch_size=1", "model.name=logistic")
-    run = train(comm, f"data.partition={partition}", *one)
+    run = Run(config(f"data.partition={partition}", *one), comm)
+    run.optimizer.close()
     shares = run.data.shares
     assert sum(shares) == 40 * comm.size
-    assert run.optimizer.steps == max(shares)
+    assert run.total_steps == max(shares)
     _, y = run.data.train.batch(np.arange(len(run.data.train)))
     classes = comm.allgather(set(y.tolist()))
     if partition == "by-class":
