@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mpicdsgd import __version__, launch
 from mpicdsgd.errors import UserError
@@ -240,8 +240,17 @@ def _first() -> bool:
     return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Prints a mistake in the arguments on the first rank only; all of them leave with code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        if _first():
+            super().error(message)
+        sys.exit(2)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="mpicdsgd",
         description="Decentralised training of PyTorch models over MPI.",
     )

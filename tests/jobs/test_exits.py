@@ -6,6 +6,7 @@ Each job's timeout lies far above what it needs; the exchange's own is given whe
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,7 +62,10 @@ def test_a_rank_that_leaves_is_named_by_the_others(
 def test_a_rank_that_only_waits_is_named_after_the_timeout(run: Run) -> None:
     job = user(run, "sleeps")
     assert job.code == 1
-    assert "AgentMissing: agent 0 waited 3 s after step 4: nothing came from agents [1]" in job.err
+    # Whether the sleeper still took in what was on its way when it fell asleep is up to MPI.
+    waited = r"AgentMissing: agent 0 waited 3 s after step [34]: "
+    named = r"(nothing came from agents \[1\]|agents \[1\] do not receive)"
+    assert re.search(waited + named, job.err), job.err
 
 
 def test_a_rank_that_vanishes_ends_the_job(run: Run, tmp_path: Path) -> None:
