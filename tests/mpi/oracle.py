@@ -24,9 +24,12 @@ from mpicdsgd import (
     CDMSGD,
     CDSGD,
     Agents,
+    Graph,
     Mixed,
     MixingMatrix,
     UserError,
+    complete,
+    from_matrix,
     graph_from_spec,
     mixing_from_spec,
 )
@@ -218,6 +221,17 @@ def matrix(n: int, topology: str = "ring", mixing: str = "metropolis") -> Mixing
         return mixing_from_spec(mixing, graph_from_spec(topology, n))
     except UserError as error:
         pytest.skip(str(error))
+
+
+def random_matrix(n: int, symmetric: bool) -> MixingMatrix:
+    """A doubly stochastic matrix on the complete graph: a mean of permutations (Birkhoff)."""
+    rng = np.random.default_rng(n)
+    shares = rng.dirichlet(np.ones(6))
+    Pi = sum(share * np.eye(n)[rng.permutation(n)] for share in shares) * 0.7 + 0.3 / n
+    if symmetric:
+        return from_matrix((Pi + Pi.T) / 2, complete(n), "random")
+    everybody = [(a, b) for a in range(n) for b in range(n) if a != b]
+    return from_matrix(Pi, Graph.from_edges(n, everybody, directed=True), "random")
 
 
 _made: dict[tuple[int, str, str], Agents] = {}

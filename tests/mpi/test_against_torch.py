@@ -9,9 +9,20 @@ import pytest
 import torch
 from mpi4py import MPI
 from numpy.typing import NDArray
-from oracle import BATCH, BATCHES, Problem, flatten, gather, make_agents, matrix, relative, train
+from oracle import (
+    BATCH,
+    BATCHES,
+    Problem,
+    flatten,
+    gather,
+    make_agents,
+    matrix,
+    random_matrix,
+    relative,
+    train,
+)
 
-from mpicdsgd import CDMSGD, CDSGD, Agents, Graph, MixingMatrix, complete, from_matrix, ring
+from mpicdsgd import CDMSGD, CDSGD, Agents, MixingMatrix, ring
 
 STEPS = 200
 TOLERANCE = 1e-6
@@ -77,20 +88,9 @@ def test_one_agent_is_torch_sgd_without_momentum(comm: MPI.Intracomm) -> None:
     opt.close()
 
 
-def random_doubly_stochastic(n: int, symmetric: bool) -> MixingMatrix:
-    """A mean of permutation matrices on the complete graph (Birkhoff)."""
-    rng = np.random.default_rng(n)
-    shares = rng.dirichlet(np.ones(6))
-    Pi = sum(share * np.eye(n)[rng.permutation(n)] for share in shares) * 0.7 + 0.3 / n
-    if symmetric:
-        return from_matrix((Pi + Pi.T) / 2, complete(n), "random")
-    everybody = [(a, b) for a in range(n) for b in range(n) if a != b]
-    return from_matrix(Pi, Graph.from_edges(n, everybody, directed=True), "random")
-
-
 def mixing_of(n: int, kind: str) -> MixingMatrix:
     if kind.startswith("random"):
-        return random_doubly_stochastic(n, symmetric=kind == "random symmetric")
+        return random_matrix(n, symmetric=kind == "random symmetric")
     topology, _, name = kind.partition(" ")
     return matrix(n, topology, name)
 

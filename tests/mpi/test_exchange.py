@@ -167,6 +167,20 @@ def test_who_goes_on_is_told_who_left_first(comm: MPI.Intracomm, topology: str) 
         assert "same number of steps" in str(error)
 
 
+def test_of_two_that_leave_at_once_the_first_is_named(comm: MPI.Intracomm) -> None:
+    if comm.size < 3:
+        pytest.skip("somebody has to go on")
+    agents = agents_on(comm, "complete")
+    exchange = open_exchange(agents, 4, ExchangeConfig(timeout_s=60))
+    exchange.post(0)
+    leaves = comm.rank in (0, comm.size - 1)
+    error = run_until_error(exchange, 0, 2 if leaves else 6)
+    exchange.close()
+    if not leaves:
+        assert isinstance(error, AgentLeft)
+        assert str(error).startswith("agent 0 left after step 2")
+
+
 def test_one_rank_publishes_while_the_others_step(comm: MPI.Intracomm) -> None:
     """publish() repeats step 2 on rank 0, so it is a step behind from then on."""
     if comm.size == 1:

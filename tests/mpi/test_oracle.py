@@ -18,6 +18,7 @@ from oracle import (
     gather,
     make_agents,
     mixed_adamw,
+    random_matrix,
     relative,
     spread,
     train,
@@ -70,6 +71,18 @@ def test_topologies(comm: MPI.Intracomm, topology: str, mixing: str) -> None:
         form="nesterov", mu=0.9, decay=0.01,
     )  # fmt: skip
     compare(comm, opt, net, X, V)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_weights_that_all_differ(comm: MPI.Intracomm, symmetric: bool) -> None:
+    """Who confused two neighbours, or Pi and its transpose, would be found here."""
+    agents = Agents(comm, random_matrix(comm.size, symmetric))
+    problem = Problem(comm.size)
+    net = Net(problem, comm.rank)
+    opt = CDSGD(net.parameters(), lr=0.05, agents=agents)
+    train(opt, net, 10)
+    X, _ = cdmsgd(agents.mixing.Pi, problem.start, problem.gradient, 10, lambda k: 0.05)
+    compare(comm, opt, net, X)
 
 
 def of_kind(form: str, net: Net, agents: Agents, lr: float, **options: Any) -> Any:
