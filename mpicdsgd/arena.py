@@ -83,6 +83,7 @@ class Arena:
         self._pointers = [view.data_ptr() for view in self.views]
         self._versions: list[int] = []
         self._keep_alive: list[torch.Tensor] = []
+        self._gradients: list[tuple[torch.Tensor | None, int]] = [(None, -1)] * len(self.parameters)
         self.accept()
 
     def views_of(self, flat: torch.Tensor) -> list[torch.Tensor]:
@@ -154,10 +155,24 @@ class Arena:
         """CRC-32 of the parameters' bytes (not the buffers', which a forward pass writes)."""
         return zlib.crc32(self.numpy[: self.parameters_end].data)
 
-    def fill_segments(self, coefficients: Sequence[Coefficients]) -> int:
+    def fresh_gradients(self) -> int:
+        """How many parameters have a gradient that is not the one of the last call, untouched.
+
+        None has where backward() ran on other parameters: a copied model's, or those that
+        ``load_state_dict(assign=True)`` put in their place.
+        """
+        before = self._gradients
+        now = [p.grad for p in self.parameters]
+        self._gradients = [(g, -1 if g is None else g._version) for g in now]
+        return sum(
+            g is not None and (g is not old or g._version != version)
+            for g, (old, version) in zip(now, before, strict=True)
+        )
+
+    def fill_segments(self, coefficients: Sequence[Coefficients]) -> None:
         """Write gradients and coefficients, one for each parameter, into `segments`.
 
-        Returns how many parameters have a gradient. The addresses stay valid until the next call.
+        The addresses stay valid until the next call.
         """
         self._keep_alive = []
         addresses = [self._gradient_address(p, i) for i, p in enumerate(self.parameters)]
@@ -165,7 +180,6 @@ class Arena:
         rows["grad"] = addresses
         for name in ("alpha", "decay", "mu", "c_v", "c_g"):
             rows[name] = [getattr(c, name) for c in coefficients]
-        return sum(a != 0 for a in addresses)
 
     def mix_only_segments(self) -> NDArray[np.void]:
         """A copy of `segments` without gradients: x <- mix, v kept."""

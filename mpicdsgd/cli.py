@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except UserError as error:
         return _mistake(error)
+    except KeyboardInterrupt:
+        return _interrupted()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -55,6 +58,21 @@ def _mistake(error: UserError) -> int:
     print(f"mpicdsgd: rank {MPI.COMM_WORLD.rank}: {error}", file=sys.stderr)
     shutdown.abort(2)
     return 2
+
+
+def _interrupted() -> int:
+    """Say so in one line, and end the other ranks too."""
+    message = "mpicdsgd: interrupted; the same command goes on from the newest checkpoint"
+    if "mpicdsgd.shutdown" not in sys.modules:
+        print("mpicdsgd: interrupted", file=sys.stderr)
+        return 1
+    from mpicdsgd import shutdown
+
+    if not _first():  # a terminal interrupts all ranks: the first one speaks for them
+        time.sleep(shutdown.AFTER_YOU_S)
+    print(message, file=sys.stderr)
+    shutdown.abort(1)
+    os._exit(1)  # one rank alone; nothing is to be drained
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -107,6 +107,9 @@ def _consensus(place: Place, manifest: Manifest) -> dict[str, float] | None:
     if spec is None or np.dtype(spec["dtype"]).kind != "f":
         return None
     n, size, dtype = manifest.agents, math.prod(spec["shape"]), np.dtype(spec["dtype"])
+    end = manifest.shared.get("parameters_end")  # mixed buffers lie behind the parameters
+    if isinstance(end, int) and 0 <= end <= size:
+        size = end
     if size == 0:
         return {"max": 0.0, "rms": 0.0}
     # Mapped, not opened: thousands of agents are more files than a process may hold open.

@@ -31,7 +31,7 @@ from mpicdsgd.exchange import AgentFault, Exchange, ExchangeConfig, Reason, open
 log = logging.getLogger("mpicdsgd")
 
 NO_GRADIENT = (
-    "no parameter has a gradient: did backward() run, or were the model's parameters replaced "
+    "no parameter has a new gradient: did backward() run, or were the model's parameters replaced "
     "(deepcopy, load_state_dict(assign=True))? opt.mix() steps without one"
 )
 
@@ -104,8 +104,9 @@ class AgentOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._begin()
-        if self.arena.fill_segments(list(self._coefficients_per_tensor())) == 0:
+        if self.arena.fresh_gradients() == 0:
             raise RuntimeError(NO_GRADIENT)
+        self.arena.fill_segments(list(self._coefficients_per_tensor()))
         self._advance(self.arena.segments)
         return loss
 
@@ -211,8 +212,8 @@ class AgentOptimizer(torch.optim.Optimizer):
         Load the model's own ``state_dict`` first, as with torch.
         """
         self._require_open()
+        super().load_state_dict(state_dict)  # torch may refuse it: before anything collective
         self.exchange.wait(self.steps)
-        super().load_state_dict(state_dict)
         self.arena.repair()
         for i, (parameter, coefficients) in enumerate(
             zip(self.arena.parameters, self._coefficients_per_tensor(), strict=True)
@@ -332,10 +333,9 @@ class AgentOptimizer(torch.optim.Optimizer):
         written = self.arena.changed() or (self._debug and self._checksum != self.arena.checksum())
         if moved or written:
             log.error(
-                "agent %d, step %d: parameters were changed outside step() since they were "
-                "last published; all agents stop",
+                "agent %d: parameters were changed outside step() since they were last published; "
+                "all agents will stop",
                 self.agents.rank,
-                self.steps,
             )
             self.exchange.report(Reason.CHANGED_BY_HAND)
             self._accept()
@@ -369,6 +369,7 @@ class AgentOptimizer(torch.optim.Optimizer):
         self.steps += 1
         self.exchange.post(self.steps)
         if self.exchange.fault.step <= self.steps:
+            self.exchange.fault_raised = True
             raise AgentFault(self.exchange.fault)
 
     def _pass(

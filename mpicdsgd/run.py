@@ -236,11 +236,12 @@ class Run:
             "bytes_sent": self._bytes(),
             "last": self._last,
         }  # fmt: skip
+        shared = {**self._shared, "parameters_end": self.optimizer.arena.parameters_end}
         snapshot = checkpoint.Snapshot(
             step=self.optimizer.steps,
             arrays=state.capture_arrays(self.optimizer, self.model),
             meta=as_json(meta),
-            shared=self._shared,
+            shared=shared,
         )
         checkpoint.write(
             self._dir, self.agents.generation, snapshot, self.agents.comm, self.config.run.keep
@@ -251,6 +252,7 @@ class Run:
         """Raise a fault found by any agent before going into other collectives. Collective."""
         fault = self.optimizer.exchange.fault
         error = self._as_mistake(AgentFault(fault)) if fault.reason else None
+        self.optimizer.exchange.fault_raised = error is not None
         agree(self.agents.comm, where, error, self.agents.timeout_s)
 
     def _as_mistake(self, fault: AgentFault) -> UserError:
@@ -279,6 +281,9 @@ class Run:
         snapshot = None
         if config.run.resume == "auto":
             snapshot = checkpoint.read_newest(self._dir, agents.comm, self._expect)
+        if snapshot is not None and agents.rank == 0:
+            for key in differences(snapshot.shared["config"], self._shared["config"]):
+                log.warning("%s is not what it was before this checkpoint", key)
         hosts = collect(agents.comm, "hosts", MPI.Get_processor_name(), agents.timeout_s)
         generation = 0
         with agents.agreement("run folder"):
@@ -321,9 +326,6 @@ class Run:
                 f"the checkpoint in {self._dir} is of another algorithm than optim.name = "
                 f'"{self.config.optim.name}": {remedy}'
             )
-        if self.agents.rank == 0:
-            for key in differences(then, self._shared["config"]):
-                log.warning("%s is not what it was before this checkpoint", key)
 
     def _restore(self, snapshot: checkpoint.Snapshot) -> None:
         """Go on from ``snapshot``. Collective."""

@@ -24,6 +24,7 @@ from mpi4py import MPI
 # How long a rank that only suffers from another's error waits before it aborts the job, so that
 # the other's message comes out first: the first abort ends all ranks within milliseconds.
 AFTER_YOU_S = 3.0
+_FORWARDING_S = 0.5  # for the launcher to pass on what was printed: what it has not, an abort loses
 
 
 class Drainable(Protocol):
@@ -87,6 +88,7 @@ def abort(code: int) -> None:
         return
     sys.stdout.flush()
     sys.stderr.flush()
+    time.sleep(_FORWARDING_S)
     MPI.COMM_WORLD.Abort(code)
 
 

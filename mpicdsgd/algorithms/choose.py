@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,8 +64,15 @@ def make_optimizer(
         if config.rounds != 1:
             raise UserError(f"optim.rounds = {config.rounds} is for {' and '.join(NAMES)} only")
         kind = plugins.load_function(config.name, "optim.name")
+        for key in ("lr", "weight_decay"):
+            if key in config.args:
+                raise UserError(f"optim.args.{key}: set optim.{key} instead")
+        takes_decay = "weight_decay" in inspect.signature(kind).parameters
+        decay = {"weight_decay": config.weight_decay} if takes_decay else {}
+        if config.weight_decay and not takes_decay:
+            raise UserError(f"optim.weight_decay: {config.name} does not take one, set it to 0")
         try:
-            inner = kind(parameters, lr=config.lr, weight_decay=config.weight_decay, **config.args)
+            inner = kind(parameters, lr=config.lr, **decay, **config.args)
         except (TypeError, ValueError) as error:
             raise UserError(f"optim.name = {config.name} with optim.args: {error}") from None
         return Mixed(inner, **common)

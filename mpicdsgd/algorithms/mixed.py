@@ -60,7 +60,7 @@ class Mixed(AgentOptimizer):
         self._begin()
         with torch.enable_grad():
             loss = self.optimizer.step(closure)
-        if all(parameter.grad is None for parameter in self.arena.parameters):
+        if self.arena.fresh_gradients() == 0:
             raise RuntimeError(NO_GRADIENT)
         self._advance(self._segments())
         return loss
@@ -79,8 +79,8 @@ class Mixed(AgentOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `state_dict` and publish the parameters as they are. Collective."""
         self._require_open()
-        self.exchange.wait(self.steps)
         self.optimizer.load_state_dict(state_dict)
+        self.exchange.wait(self.steps)
         self.param_groups = self.optimizer.param_groups
         self.arena.repair()
         self.steps = int(state_dict.get("agents", {}).get("steps", 0))

@@ -53,6 +53,7 @@ class Exchange(Protocol):
     previous: NDArray[np.generic]
     stop_step: int
     fault: Fault
+    fault_raised: bool
     wait_s: float
     bytes_sent: int
 

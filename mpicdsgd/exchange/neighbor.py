@@ -24,7 +24,7 @@ from mpicdsgd import shutdown
 from mpicdsgd.agents import Agents
 from mpicdsgd.agreement import Patience
 from mpicdsgd.exchange import header as hd
-from mpicdsgd.exchange.errors import AgentLeft, AgentMissing, OutOfStep
+from mpicdsgd.exchange.errors import AgentFault, AgentLeft, AgentMissing, OutOfStep
 from mpicdsgd.exchange.header import HEADER_BYTES, NEVER, Fault, Header, Reason
 
 log = logging.getLogger("mpicdsgd")
@@ -51,6 +51,7 @@ class NeighborExchange:
         previous: what this agent published last, shape (D,); here the same memory.
         stop_step: after so many steps all agents stop, as far as known here.
         fault: the least fault known here.
+        fault_raised: whether it has been raised already, so that closing need not raise it again.
         wait_s, bytes_sent: totals since opening.
     """
 
@@ -85,6 +86,7 @@ class NeighborExchange:
         self._generation = agents.generation
         self.stop_step = NEVER
         self.fault = Fault()
+        self.fault_raised = False
         self.wait_s = 0.0
         self.bytes_sent = 0
         self._bytes_per_post = slot_bytes * readers
@@ -158,6 +160,7 @@ class NeighborExchange:
 
         Raises:
             AgentMissing: if some neither close nor go on within the timeout.
+            AgentFault: on all agents, for a fault that the last steps found and none has raised.
         """
         active = sys.exc_info()[1]
         if active is not None and not self._closed and shutdown.in_job():
@@ -204,6 +207,9 @@ class NeighborExchange:
         self._block.Free()
         self._comm.Free()
         self._all.Free()
+        if self.fault.reason and not self.fault_raised:
+            self.fault_raised = True
+            raise AgentFault(self.fault)
 
     def _gather(
         self, values: list[int], patience: Patience

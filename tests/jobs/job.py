@@ -69,6 +69,12 @@ class Job:
                 os.kill(process, signal.SIGKILL)
         self._process.wait()
 
+    def interrupt(self) -> None:
+        """What Ctrl-C in a terminal does: SIGINT for the launcher and all ranks."""
+        for process in [*_descendants(self._process.pid), self._process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGINT)
+
     def wait(self, timeout_s: float = 120.0) -> Ended:
         """The ended job. Fails the test if it does not end in time."""
         left_s = timeout_s - (time.monotonic() - self._start)

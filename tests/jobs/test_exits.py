@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from job import HERE, Ended
+from job import HERE, Ended, Job
 
 pytestmark = pytest.mark.slow
 
@@ -72,6 +73,26 @@ def test_a_rank_that_vanishes_ends_the_job(run: Run, tmp_path: Path) -> None:
     job = user(run, "os_exit")
     assert job.code != 0
     assert not (tmp_path / "end-of-0").exists()
+
+
+def test_a_fault_in_the_last_step_is_told_at_exit(run: Run) -> None:
+    job = user(run, "ruined_at_the_end")
+    assert job.code == 1, job.err
+    assert "at exit: agent 1, step 4: parameters became NaN or infinite" in job.err
+
+
+def test_ctrl_c_is_one_line(start: Callable[..., Job], tmp_path: Path) -> None:
+    config = tmp_path / "long.toml"
+    config.write_text('[data]\nname = "digits"\n[model]\nname = "mlp"\n[run]\nepochs = 100000\n')
+    job = start(2, "-m", "mpicdsgd", "train", str(config))
+    metrics = tmp_path / "runs" / "long" / "metrics.jsonl"
+    while job.running and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.1)
+    job.interrupt()
+    ended = job.wait()
+    assert ended.code != 0
+    assert "Traceback" not in ended.err
+    assert len(ended.lines("mpicdsgd: interrupted; the same command goes on")) == 1
 
 
 def test_a_normal_end_without_close(run: Run, tmp_path: Path) -> None:

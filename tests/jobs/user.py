@@ -116,6 +116,12 @@ def normal() -> None:
     print(f"rank {RANK} at its end")
 
 
+def ruined_at_the_end() -> None:
+    opt = make()
+    bias = opt.param_groups[0]["params"][1]
+    loop(opt, 4, then=lambda: bias.grad.fill_(float("nan")))
+
+
 _count = 0
 
 

@@ -88,7 +88,19 @@ def test_assigned_parameters_are_an_error(comm: MPI.Intracomm, kind: str) -> Non
     opt.zero_grad()
     net.load_state_dict(state, assign=True)
     net.loss(2).backward()
-    with pytest.raises(RuntimeError, match=r"no parameter has a gradient.*assign=True"):
+    with pytest.raises(RuntimeError, match=r"no parameter has a new gradient.*assign=True"):
+        opt.step()
+    opt.close()
+
+
+def test_old_gradients_of_replaced_parameters_are_not_used_again(comm: MPI.Intracomm) -> None:
+    agents = make_agents(comm)
+    net, opt = pair(agents, "nesterov")
+    train(opt, net, 2)
+    net.load_state_dict({n: v.clone() for n, v in net.state_dict().items()}, assign=True)
+    net.zero_grad()  # the model's new parameters; the optimizer's keep their gradients
+    net.loss(2).backward()
+    with pytest.raises(RuntimeError, match=r"no parameter has a new gradient.*assign=True"):
         opt.step()
     opt.close()
 
@@ -109,7 +121,7 @@ def test_a_copy_of_the_model_is_independent(comm: MPI.Intracomm, kind: str) -> N
     train(sgd, other, 2)
     assert np.array_equal(net.vector(), trained)
     assert all(p.grad is None for p in net.parameters())
-    with pytest.raises(RuntimeError, match="no parameter has a gradient"):
+    with pytest.raises(RuntimeError, match="no parameter has a new gradient"):
         opt.step()
     opt.close()
 

@@ -114,7 +114,8 @@ def test_buffers_come_after_the_parameters() -> None:
 def test_nothing_at_all() -> None:
     arena = Arena([])
     assert arena.size == 0
-    assert arena.fill_segments([]) == 0
+    arena.fill_segments([])
+    assert arena.fresh_gradients() == 0
     assert not arena.repair()
 
 
@@ -245,8 +246,8 @@ def test_gradients_are_read_where_they_are() -> None:
     arena = Arena(parameters)
     for p in parameters:
         p.grad = torch.empty_strided(p.shape, p.stride()).copy_(torch.randn(p.shape))
-    count = arena.fill_segments([Coefficients(alpha=0.1)] * len(parameters))
-    assert count == len(parameters) - 1  # one is empty
+    arena.fill_segments([Coefficients(alpha=0.1)] * len(parameters))
+    assert np.count_nonzero(arena.segments["grad"]) == len(parameters) - 1  # one is empty
     for i, p in enumerate(parameters):
         if p.numel():
             assert arena.segments["grad"][i] == p.grad.data_ptr()
@@ -271,7 +272,7 @@ def test_sparse_and_expanded_gradients() -> None:
     indices, values = torch.tensor([[1, 4, 4]]), torch.tensor([[1.0, 2], [3, 4], [10, 20]])
     p.grad = torch.sparse_coo_tensor(indices, values, (6, 2), check_invariants=True)
     q.grad = torch.tensor(2.5).expand(2, 3)
-    assert arena.fill_segments([Coefficients(alpha=0.1)] * 2) == 2
+    arena.fill_segments([Coefficients(alpha=0.1)] * 2)
     expected = np.zeros((6, 2), np.float32)
     expected[1], expected[4] = (1, 2), (13, 24)
     assert np.array_equal(gradient_of(arena, 0), expected.reshape(-1))
@@ -283,7 +284,7 @@ def test_no_gradient_is_address_zero() -> None:
     arena = Arena([p, q], [torch.ones(2)])
     q.grad = torch.ones(3)
     coefficients = [Coefficients(0.1, 0.2, 0.3, 0.4, 0.5), Coefficients(1, 2, 3, 4, 5)]
-    assert arena.fill_segments(coefficients) == 1
+    arena.fill_segments(coefficients)
     assert arena.segments["grad"].tolist() == [0, q.grad.data_ptr(), 0]
     row = arena.segments[0]
     names = ("alpha", "decay", "mu", "c_v", "c_g")
@@ -293,8 +294,25 @@ def test_no_gradient_is_address_zero() -> None:
     assert only_mixing["own"].tolist() == [0, 0, 1]
     assert arena.segments["grad"][1] != 0  # a copy
     q.grad = None
-    assert arena.fill_segments(coefficients) == 0
+    arena.fill_segments(coefficients)
     assert arena.segments["grad"].tolist() == [0, 0, 0]
+
+
+def test_a_gradient_is_fresh_once() -> None:
+    p, q = parameter(4), parameter(3)
+    arena = Arena([p, q])
+    assert arena.fresh_gradients() == 0
+    p.grad, q.grad = torch.ones(4), torch.ones(3)
+    assert arena.fresh_gradients() == 2
+    assert arena.fresh_gradients() == 0
+    p.grad.add_(1)
+    assert arena.fresh_gradients() == 1
+    (3 * q).sum().backward()  # accumulates into the same tensor
+    assert arena.fresh_gradients() == 1
+    p.grad = torch.ones(4)
+    assert arena.fresh_gradients() == 1
+    p.grad = q.grad = None
+    assert arena.fresh_gradients() == 0
 
 
 def test_layout_tells_shapes_strides_and_order_apart() -> None:
