@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _mistake(error)
     except KeyboardInterrupt:
+        # It comes twice, from the terminal and from the launcher.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         return _interrupted()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
