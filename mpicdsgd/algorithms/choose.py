@@ -67,14 +67,16 @@ def make_optimizer(
         for key in ("lr", "weight_decay"):
             if key in config.args:
                 raise UserError(f"optim.args.{key}: set optim.{key} instead")
-        takes_decay = "weight_decay" in inspect.signature(kind).parameters
-        decay = {"weight_decay": config.weight_decay} if takes_decay else {}
-        if config.weight_decay and not takes_decay:
-            raise UserError(f"optim.weight_decay: {config.name} does not take one, set it to 0")
         try:
+            takes_decay = "weight_decay" in inspect.signature(kind).parameters
+            decay = {"weight_decay": config.weight_decay} if takes_decay else {}
             inner = kind(parameters, lr=config.lr, **decay, **config.args)
         except (TypeError, ValueError) as error:
             raise UserError(f"optim.name = {config.name} with optim.args: {error}") from None
+        if not isinstance(inner, torch.optim.Optimizer):
+            raise UserError(f"optim.name = {config.name} makes no torch optimizer")
+        if config.weight_decay and not takes_decay:
+            raise UserError(f"optim.weight_decay: {config.name} does not take one, set it to 0")
         return Mixed(inner, **common)
     if config.args:
         raise UserError(

@@ -187,6 +187,10 @@ def test_several_bad_values_of_a_torch_optimizer(job: Trainer, folder: Path) -> 
     job.refuses("optim.args", adamw, "optim.args={betas=[2.0, 2.0]}")
     job.refuses("optim.rounds = 2 is for cdsgd and cdmsgd only", adamw, "optim.rounds=2")
     job.refuses("Invalid learning rate", adamw, "optim.lr=-1")
+    job.refuses("optim.args.lr: set optim.lr instead", adamw, "optim.args={lr=0.1}")
+    rprop = "optim.name=torch.optim:Rprop"
+    job.refuses("torch.optim:Rprop does not take one", rprop, "optim.weight_decay=0.1")
+    job.refuses("makes no torch optimizer", "optim.name=test_bad_input:no_optimizer")
 
 
 def test_a_config_that_cannot_be_read(job: Trainer, comm: MPI.Intracomm, folder: Path) -> None:
@@ -535,6 +539,10 @@ def test_a_metrics_line_is_strict_json_where_the_loss_overflows(
         text = Path("runs/r/metrics.jsonl").read_text()
         line = json.loads(text, parse_constant=lambda name: pytest.fail(name))
         assert line["test_accuracy"]["mean"] == "NaN", "regression has no accuracy"
+
+
+def no_optimizer(parameters: object, lr: float) -> str:
+    return "an optimizer"
 
 
 def pictures(path: str, seed: int) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
