@@ -252,8 +252,12 @@ class Run:
         """Raise a fault found by any agent before going into other collectives. Collective."""
         fault = self.optimizer.exchange.fault
         error = self._as_mistake(AgentFault(fault)) if fault.reason else None
-        self.optimizer.exchange.fault_raised = error is not None
-        agree(self.agents.comm, where, error, self.agents.timeout_s)
+        try:
+            agree(self.agents.comm, where, error, self.agents.timeout_s)
+        except UserError:
+            # Also where the fault itself has not arrived yet: closing need not raise it again.
+            self.optimizer.exchange.fault_raised = True
+            raise
 
     def _as_mistake(self, fault: AgentFault) -> UserError:
         kept = (

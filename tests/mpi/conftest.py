@@ -18,6 +18,7 @@ def pytest_report_header() -> str:
     return f"{name} {'.'.join(map(str, version))}, {MPI.COMM_WORLD.size} ranks"
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     if MPI.COMM_WORLD.rank != 0:
         reporter = config.pluginmanager.get_plugin("terminalreporter")
