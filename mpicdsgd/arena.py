@@ -169,6 +169,15 @@ class Arena:
             for g, (old, version) in zip(now, before, strict=True)
         )
 
+    def require_fresh_gradients(self) -> None:
+        """Raise a RuntimeError unless `fresh_gradients` finds one."""
+        if self.fresh_gradients() == 0:
+            raise RuntimeError(
+                "no parameter has a new gradient: did backward() run, or were the model's "
+                "parameters replaced (deepcopy, load_state_dict(assign=True))? opt.mix() steps "
+                "without one"
+            )
+
     def fill_segments(self, coefficients: Sequence[Coefficients]) -> None:
         """Write gradients and coefficients, one for each parameter, into `segments`.
 

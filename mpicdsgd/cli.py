@@ -75,6 +75,7 @@ def _interrupted() -> int:
         time.sleep(shutdown.AFTER_YOU_S)
     print(message, file=sys.stderr)
     shutdown.abort(1)
+    sys.stdout.flush()
     os._exit(1)  # one rank alone; nothing is to be drained
 
 

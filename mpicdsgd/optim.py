@@ -30,11 +30,6 @@ from mpicdsgd.exchange import AgentFault, Exchange, ExchangeConfig, Reason, open
 
 log = logging.getLogger("mpicdsgd")
 
-NO_GRADIENT = (
-    "no parameter has a new gradient: did backward() run, or were the model's parameters replaced "
-    "(deepcopy, load_state_dict(assign=True))? opt.mix() steps without one"
-)
-
 
 class AgentOptimizer(torch.optim.Optimizer):
     """Base of the decentralised optimizers; use one of `mpicdsgd.algorithms`.
@@ -97,15 +92,14 @@ class AgentOptimizer(torch.optim.Optimizer):
             AgentFault: on all agents at the same step, if one found a fault (parameters changed
                 by hand or not finite) at most the graph's diameter + 1 steps ago.
             ExchangeError: if a neighbour is missing, left or out of step.
-            RuntimeError: if no parameter has a gradient, or one left the arena for good.
+            RuntimeError: if no parameter has a new gradient, or one left the arena for good.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._begin()
-        if self.arena.fresh_gradients() == 0:
-            raise RuntimeError(NO_GRADIENT)
+        self.arena.require_fresh_gradients()
         self.arena.fill_segments(list(self._coefficients_per_tensor()))
         self._advance(self.arena.segments)
         return loss

@@ -243,10 +243,11 @@ class Run:
             meta=as_json(meta),
             shared=shared,
         )
-        checkpoint.write(
+        written = checkpoint.write(
             self._dir, self.agents.generation, snapshot, self.agents.comm, self.config.run.keep
         )
-        self._saved_step = self.optimizer.steps
+        if written is not None:
+            self._saved_step = self.optimizer.steps
 
     def _no_fault(self, where: str) -> None:
         """Raise a fault found by any agent before going into other collectives. Collective."""

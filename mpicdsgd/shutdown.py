@@ -106,8 +106,11 @@ def _at_exit() -> None:
     except BaseException as error:
         # What an atexit handler raises is printed and then forgotten, with exit code 0.
         print(f"[rank {MPI.COMM_WORLD.rank}] at exit: {error}", file=sys.stderr)
-        time.sleep(AFTER_YOU_S)
-        abort(1)
+        if in_job():
+            time.sleep(AFTER_YOU_S)
+            abort(1)
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(1)
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mpicdsgd.agents import Agents
 from mpicdsgd.arena import Coefficients
 from mpicdsgd.exchange import ExchangeConfig
-from mpicdsgd.optim import NO_GRADIENT, AgentOptimizer
+from mpicdsgd.optim import AgentOptimizer
 
 
 class Mixed(AgentOptimizer):
@@ -60,8 +60,7 @@ class Mixed(AgentOptimizer):
         self._begin()
         with torch.enable_grad():
             loss = self.optimizer.step(closure)
-        if self.arena.fresh_gradients() == 0:
-            raise RuntimeError(NO_GRADIENT)
+        self.arena.require_fresh_gradients()
         self._advance(self._segments())
         return loss
 

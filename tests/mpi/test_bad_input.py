@@ -510,6 +510,19 @@ def test_nan(job: Trainer, comm: MPI.Intracomm, folder: Path, loss: str, text: s
     assert checkpoints()[-1].name != "step-00000003"
 
 
+def test_a_checkpoint_that_was_not_written_is_not_said_to_be_kept(
+    job: Trainer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    global _calls
+    _calls = 0
+    monkeypatch.setattr("mpicdsgd.checkpoint.write", lambda *arguments: None)  # a full disk, say
+    job.refuses(
+        "there is no checkpoint yet in runs/r",
+        "run.checkpoint_every=3 steps",
+        "model.loss=test_bad_input:nan_loss",
+    )
+
+
 def test_a_nan_in_the_very_step_of_a_checkpoint(
     job: Trainer, comm: MPI.Intracomm, folder: Path
 ) -> None:
