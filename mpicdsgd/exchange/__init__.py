@@ -1,18 +1,17 @@
 """Exchange: what this agent shows its neighbours, and what it sees of them.
 
-A transport has the methods and attributes of `Exchange`, explained at `neighbor.NeighborExchange`.
+`engine.Exchange` is the one face; beneath it a `carrier.Carrier` moves the values: `neighbor` on
+the host, `device` on GPUs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
-
-import numpy as np
-from numpy.typing import NDArray
 
 from mpicdsgd.agents import Agents
 from mpicdsgd.errors import UserError
+from mpicdsgd.exchange.carrier import WIRE_DTYPE, Edge
+from mpicdsgd.exchange.engine import Exchange
 from mpicdsgd.exchange.errors import (
     AgentFault,
     AgentLeft,
@@ -21,12 +20,13 @@ from mpicdsgd.exchange.errors import (
     OutOfStep,
 )
 from mpicdsgd.exchange.header import Fault, Reason
-from mpicdsgd.exchange.neighbor import WIRE_DTYPE, NeighborExchange
+from mpicdsgd.exchange.neighbor import HostCarrier
 
 __all__ = [
     "AgentFault",
     "AgentLeft",
     "AgentMissing",
+    "Edge",
     "Exchange",
     "ExchangeConfig",
     "ExchangeError",
@@ -44,28 +44,6 @@ class ExchangeConfig:
     transport: str = "auto"
     wire: str = "float32"
     timeout_s: float = 300.0
-
-
-class Exchange(Protocol):
-    """The face that every transport has."""
-
-    published: NDArray[np.generic]
-    previous: NDArray[np.generic]
-    stop_step: int
-    fault: Fault
-    fault_raised: bool
-    wait_s: float
-    bytes_sent: int
-
-    @property
-    def stop_wanted(self) -> bool: ...
-
-    def post(self, step: int, mixing_round: int = 0) -> None: ...
-    def wait(self, step: int, mixing_round: int = 0) -> list[NDArray[np.generic]]: ...
-    def progress(self) -> None: ...
-    def request_stop(self) -> None: ...
-    def report(self, reason: Reason) -> None: ...
-    def close(self) -> None: ...
 
 
 def open_exchange(agents: Agents, size: int, config: ExchangeConfig) -> Exchange:
@@ -87,4 +65,4 @@ def open_exchange(agents: Agents, size: int, config: ExchangeConfig) -> Exchange
         if not config.timeout_s > 0:
             raise UserError(f"exchange.timeout_s must be positive, got {config.timeout_s}")
     agents.require_same("the exchange's buffers", f"{size} elements of {config.wire}")
-    return NeighborExchange(agents, size, config.wire, config.timeout_s)
+    return Exchange(agents, HostCarrier(agents, size, config.wire), config.timeout_s)

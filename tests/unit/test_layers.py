@@ -22,7 +22,7 @@ LAYERS: list[tuple[str, set[str]]] = [
                                 "plugins"}),
     ("machinery", {"native", "native.reference", "native.dispatch", "native._native", "shutdown",
                    "agreement", "agents", "arena", "exchange", "exchange.errors",
-                   "exchange.header", "exchange.neighbor"}),
+                   "exchange.header", "exchange.neighbor", "exchange.carrier", "exchange.engine"}),
     ("algorithms", {"optim", "algorithms", "algorithms.cdsgd", "algorithms.cdmsgd",
                     "algorithms.mixed", "algorithms.checks", "algorithms.choose"}),
     ("data and models", {"data", "data.cifar", "data.custom", "data.digits", "data.files",

@@ -1,0 +1,68 @@
+"""The face of what moves published values from agent to agent.
+
+The protocol (headers, stop, faults, leaving) is in `engine`; a carrier knows nothing of it. It
+sends this agent's 64-byte header and its published buffer with every `start`, and has the peers'
+headers and the neighbours' buffers when `advance` has returned True.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+WIRE_DTYPE = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.uint16}
+
+
+@dataclass(frozen=True)
+class Edge:
+    """How one neighbour's values come here, and why that way."""
+
+    source: int
+    transport: str
+    why: str
+
+
+class Carrier(Protocol):
+    """See the module; all methods are called by `engine.Exchange` alone.
+
+    Attributes:
+        header: uint8, shape (64,), filled before `start`.
+        peers, headers: the agents whose headers come, ascending, and where; cleared before `start`.
+        published: what to fill before `start`: an array of shape (D,), or a device address.
+        previous: what was published last, likewise.
+        bytes_per_post: header and values, once for every reader.
+        edges: how each neighbour's values come.
+    """
+
+    header: NDArray[np.uint8]
+    peers: tuple[int, ...]
+    headers: list[NDArray[np.uint8]]
+    bytes_per_post: int
+    edges: list[Edge]
+
+    @property
+    def published(self) -> Any: ...
+
+    @property
+    def previous(self) -> Any: ...
+
+    def start(self) -> None:
+        """Begin to send; whatever is written to `published` must be under way by now. Local."""
+
+    def advance(self) -> bool:
+        """Move things on, without waiting; True once all has come. Local."""
+
+    def take(self) -> list[Any]:
+        """The neighbours' buffers, in agent order, for a pass that follows. Local."""
+
+    def settle(self) -> None:
+        """Finish this agent's own reading and writing. Local; may wait for its own GPU."""
+
+    def release(self) -> None:
+        """Give back what belongs to others, after all have settled. Local."""
+
+    def free(self) -> None:
+        """Give back what others had, after all have released. Collective over communicators."""
