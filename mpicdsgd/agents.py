@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from mpicdsgd import native, shutdown
 from mpicdsgd.agreement import TIMEOUT_S, agreement, collect, require_same
 from mpicdsgd.errors import UserError
+from mpicdsgd.gpu.choose import choose_gpu
 from mpicdsgd.mixing import MixingMatrix
 from mpicdsgd.topology import Graph
 
@@ -35,7 +36,7 @@ class AgentsConfig:
 
     topology: str = "ring"
     mixing: str = "metropolis"
-    device: str = "auto"
+    device: str = "auto"  # "cpu", "cuda" (by the rank's number on its node), "cuda:K"
     threads: int = 0  # per rank; 0: this node's cores shared out over its ranks
     init: str = "broadcast"  # or "local": every agent keeps its own random parameters
 
@@ -46,14 +47,17 @@ class Agents:
     Args:
         comm: an mpi4py intracommunicator; it is duplicated, so it stays the caller's.
         mixing: mixing matrix with as many agents as ``comm`` has ranks, the same on every rank.
-        device: "auto" or "cpu".
+        device: "auto" (a GPU where every rank has one), "cpu", "cuda", or "cuda:K" for GPU K.
         timeout_s: how long an agreement waits for the other ranks, in seconds.
 
     Attributes:
         rank, size: this agent and how many there are.
         local_rank, local_size: the same among the ranks that share this node's memory.
+        node: the lowest rank on this node, which stands for it.
         sources, weights: the agents whose parameters this one reads, ascending, and Pi's weights.
         destinations: the agents that read this one's.
+        device: where the parameters are to be, a `torch.device`.
+        gpu: this agent's GPU, None on the host.
         generation: of the run, set before an optimizer is made; each restart is a new one.
         cores: this rank's fair share of the cores that it may run on.
 
@@ -82,8 +86,6 @@ class Agents:
                     f"the mixing matrix is for {mixing.graph.n} agents, the job has {self.size} "
                     f"ranks: start {mixing.graph.n} ranks or make the graph with n = {self.size}"
                 )
-            if device not in ("auto", "cpu"):
-                raise UserError(f'device must be "auto" or "cpu", got "{device}"')
         self.require_same("the mixing matrix Pi", mixing.digest)
         self.mixing = mixing
         self.graph: Graph = mixing.graph
@@ -94,8 +96,10 @@ class Agents:
         mine = os.sched_getaffinity(0)
         sharers = sum(mine == other for other in node.allgather(mine))
         self.cores = max(1, len(mine) // sharers)
+        self.node = int(node.bcast(self.rank))
         node.Free()
-        self.device = torch.device("cpu")
+        self.gpu = choose_gpu(self.comm, device, self.local_rank, timeout_s)
+        self.device = torch.device("cpu") if self.gpu is None else self.gpu.torch_device
         fallbacks = collect(self.comm, "the update kernel", native.fallback(), timeout_s)
         if self.rank == 0:
             for text in sorted({text for text in fallbacks if text}):
@@ -103,8 +107,6 @@ class Agents:
                 log.warning("%s (ranks %s)", text, ", ".join(map(str, ranks)))
             for remark in (*self.graph.remarks, *mixing.remarks):
                 log.warning("%s", remark)
-            if device == "auto" and torch.cuda.is_available():
-                log.warning("a GPU is present but this version trains on the CPU")
 
     def agreement(self, name: str) -> AbstractContextManager[None]:
         """A block whose `UserError` on any rank is raised on every rank. Collective at its end."""

@@ -23,6 +23,7 @@ from mpicdsgd.native import SEGMENT
 log = logging.getLogger("mpicdsgd")
 
 _ALIGN = 16  # float32 elements in 64 bytes
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,13 @@ class Arena:
     Making one copies the tensors' values in and points the tensors (their ``.data``) at it.
 
     Args:
-        parameters: distinct dense float32 CPU tensors, any shapes, also empty and 0-d.
+        parameters: distinct dense float32 tensors on ``device``, any shapes, also empty and 0-d.
         buffers: tensors that are mixed but have no gradient, such as BatchNorm's statistics; what
             the forward pass does to them is kept (own = 1 in the segments).
+        device: where all of them are.
 
     Attributes:
         flat: float32, shape (D,), D a multiple of 16; padding is 0.
-        numpy: the same memory as an array.
         parameters_end: where the parameters end in ``flat`` and the buffers begin.
         segments: the kernel's table, one row for each tensor.
 
@@ -57,19 +58,22 @@ class Arena:
     """
 
     def __init__(
-        self, parameters: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor] = ()
+        self,
+        parameters: Sequence[torch.Tensor],
+        buffers: Sequence[torch.Tensor] = (),
+        device: torch.device = _CPU,
     ) -> None:
+        self._device = device
         self.parameters = list(parameters)
         self.tensors = [*parameters, *buffers]
         for i, tensor in enumerate(self.tensors):
-            _check(f"tensor {i} {tuple(tensor.shape)}", tensor)
+            _check(f"tensor {i} {tuple(tensor.shape)}", tensor, device)
         _check_apart(self.tensors)
         lengths = np.array([t.numel() for t in self.tensors], dtype=np.int64)
         padded = -(-lengths // _ALIGN) * _ALIGN
         ends = np.cumsum(padded)
         self.size = int(ends[-1]) if len(ends) else 0
-        self.flat = torch.zeros(self.size, dtype=torch.float32)
-        self.numpy: NDArray[np.float32] = self.flat.numpy()
+        self.flat = torch.zeros(self.size, dtype=torch.float32, device=device)
         self.segments = np.zeros(len(self.tensors), dtype=SEGMENT)
         self.segments["offset"] = ends - padded
         self.segments["length"] = lengths
@@ -85,6 +89,11 @@ class Arena:
         self._keep_alive: list[torch.Tensor] = []
         self._gradients: list[tuple[torch.Tensor | None, int]] = [(None, -1)] * len(self.parameters)
         self.accept()
+
+    @property
+    def numpy(self) -> NDArray[np.float32]:
+        """`flat` as an array on the host: the same memory there, a copy of a GPU's."""
+        return self.flat.cpu().numpy()
 
     def views_of(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """Views into another flat buffer of the same layout, one for each tensor."""
@@ -115,6 +124,7 @@ class Arena:
             zip(self.tensors, self.views, self._pointers, strict=True)
         ):
             here = tensor.data_ptr() == pointer and tensor.dtype == torch.float32
+            here = here and tensor.device == self._device
             if here and (tensor.shape, tensor.stride()) == (view.shape, view.stride()):
                 continue
             if tensor.numel() == 0 and tensor.shape == view.shape:
@@ -124,7 +134,7 @@ class Arena:
                 raise UserError(
                     f"{name} now has shape {tuple(tensor.shape)}: make a new optimizer for it"
                 )
-            _check(name, tensor)
+            _check(name, tensor, self._device)
             if not torch.equal(tensor.detach(), view):
                 changed = True
                 view.copy_(tensor.detach().clone())  # it may be a view of the same memory
@@ -153,7 +163,7 @@ class Arena:
 
     def checksum(self) -> int:
         """CRC-32 of the parameters' bytes (not the buffers', which a forward pass writes)."""
-        return zlib.crc32(self.numpy[: self.parameters_end].data)
+        return zlib.crc32(self.flat[: self.parameters_end].cpu().numpy().data)
 
     def fresh_gradients(self) -> int:
         """How many parameters have a gradient that is not the one of the last call, untouched.
@@ -205,20 +215,22 @@ class Arena:
         if gradient.dtype != torch.float32 or gradient.stride() != parameter.stride():
             # The kernel reads a segment in the parameter's own order.
             view = self.views[index]
-            gradient = torch.empty_strided(view.shape, view.stride()).copy_(gradient)
+            own = torch.empty_strided(view.shape, view.stride(), device=self._device)
+            gradient = own.copy_(gradient)
         self._keep_alive.append(gradient)
         return gradient.data_ptr()
 
 
-def _check(name: str, tensor: torch.Tensor) -> None:
+def _check(name: str, tensor: torch.Tensor, device: torch.device) -> None:
     if tensor.dtype != torch.float32:
         raise UserError(
             f"{name} is {tensor.dtype}, but agents keep float32 state: convert the model with "
             ".float() before making the optimizer (autocast may compute in bfloat16)"
         )
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+    if tensor.device != device or tensor.layout != torch.strided:
         raise UserError(
-            f"{name} is {tensor.layout} on {tensor.device}: parameters must be dense on the CPU"
+            f"{name} is {tensor.layout} on {tensor.device}: parameters must be dense on {device}, "
+            "the agent's device (model.to(agents.device))"
         )
 
 

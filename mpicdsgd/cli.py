@@ -218,41 +218,22 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    import h5py
-    import torch
     from mpi4py import MPI
 
-    from mpicdsgd import native
+    from mpicdsgd.info import gather
 
+    report = gather(MPI.COMM_WORLD, arguments.topology)
     if MPI.COMM_WORLD.rank != 0:
         return 0
-    levels = {
-        MPI.THREAD_SINGLE: "single",
-        MPI.THREAD_FUNNELED: "funneled",
-        MPI.THREAD_SERIALIZED: "serialized",
-        MPI.THREAD_MULTIPLE: "multiple",
-    }
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    report = {
-        "mpicdsgd": __version__,
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "mpi": MPI.Get_library_version().split("\n")[0].strip("\0 "),
-        "mpi_threads": levels[MPI.Query_thread()],
-        "ranks": MPI.COMM_WORLD.size,
-        "hdf5": h5py.version.hdf5_version,
-        "cores": len(os.sched_getaffinity(0)),
-        "kernel": native.backend,
-        "kernel_isa": native.isa,
-        "kernel_reason": native.reason,
-        "gpu": gpus or "none (this version trains on the CPU)",
-    }
     if arguments.json:
         print(json.dumps(report, indent=2))
-    else:
-        for key, value in report.items():
-            if value != "":
-                print(f"{key:14} {value}")
+        return 0
+    edges = report.pop("edges")
+    for key, value in report.items():
+        if value != "":
+            print(f"{key:14} {value}")
+    for edge in edges:
+        print(f"edge {edge['from']:3} -> {edge['to']:3}   {edge['transport']}: {edge['why']}")
     return 0
 
 
@@ -307,7 +288,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true")
     inspect.set_defaults(run=_inspect)
 
-    info = commands.add_parser("info", help="MPI library, threads, HDF5, kernel, GPU")
+    info = commands.add_parser(
+        "info",
+        help="MPI library, threads, HDF5, kernel, GPUs, transports",
+        description="Under mpirun or srun it also says how each edge's values would travel.",
+    )
+    info.add_argument("--topology", default="ring", metavar="SPEC", help="default: ring")
     info.add_argument("--json", action="store_true")
     info.set_defaults(run=_info)
     return parser

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpicdsgd.data.feed import to_device
 from mpicdsgd.data.samples import Indices, Samples
 
 
@@ -50,9 +51,8 @@ def evaluate(
     model.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=cuda):
-            for inputs, targets in samples.batches(parts):
-                targets = targets.to(device)
-                outputs = model(inputs.to(device))
+            for inputs, targets in to_device(samples.batches(parts), device):
+                outputs = model(inputs)
                 loss_sum += loss_fn(outputs, targets).double() * len(targets)
                 counted = counted and is_classification(outputs, targets)
                 if counted:

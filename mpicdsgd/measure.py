@@ -24,21 +24,40 @@ NO_ACCURACY = float("nan")  # where targets are no class labels; null in the met
 
 @dataclass
 class RunningMeans:
-    """Sums over an epoch's minibatches so far."""
+    """Sums over an epoch's minibatches so far; tensors of a GPU are added up there.
 
-    loss_sum: float = 0.0
-    correct: int = 0
+    Attributes:
+        loss_sum: float64, number or tensor, with the same bits.
+        correct: -1 where accuracy has no meaning.
+    """
+
+    loss_sum: float | torch.Tensor = 0.0
+    correct: int | torch.Tensor = 0
     count: int = 0
 
-    def add(self, loss: float, correct: int, count: int) -> None:
-        """Add a minibatch: its mean loss, its right answers (-1: no accuracy) and its size."""
-        self.loss_sum += loss * count
-        self.correct = -1 if correct < 0 else self.correct + correct
+    def add(
+        self, loss: float | torch.Tensor, correct: int | torch.Tensor | None, count: int
+    ) -> None:
+        """Add a minibatch: its mean loss, its right answers (None: no accuracy) and its size.
+
+        Tensors are float64 and int64, shape (), and are not waited for.
+        """
+        self.loss_sum = self.loss_sum + loss * count
+        self.correct = -1 if correct is None else self.correct + correct
         self.count += count
 
+    def numbers(self) -> dict[str, Any]:
+        """The attributes as numbers. Waits for a GPU."""
+        correct = int(self.correct)
+        return {"loss_sum": float(self.loss_sum), "correct": correct, "count": self.count}
+
+    def mean_loss(self) -> float:
+        """The mean loss. Waits for a GPU."""
+        return ratio(float(self.loss_sum), self.count)
+
     def values(self) -> tuple[float, float]:
-        """Mean loss and accuracy."""
-        return ratio(self.loss_sum, self.count), accuracy(self.correct, self.count)
+        """Mean loss and accuracy. Waits for a GPU."""
+        return self.mean_loss(), accuracy(int(self.correct), self.count)
 
 
 def measure(

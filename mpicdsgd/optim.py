@@ -1,14 +1,7 @@
 """The torch front: what every algorithm's optimizer shares.
 
-An `AgentOptimizer` owns the arena, the exchange and the step counter. An algorithm (a file in
-`mpicdsgd.algorithms`) says by `coefficients` what the one fused pass computes:
-
-    h   =  g + lambda x                                         g: minibatch gradient
-    v  <-  mu v - alpha h
-    x  <-  x + sum_{l != j} Pi[j,l] (p_l - p_j)  +  c_v v  -  c_g alpha h
-    p_j <- x                                                    published for the next step
-
-The exchange of step k is under way while the user computes the gradient of step k.
+An algorithm (a file in `mpicdsgd.algorithms`) says by `coefficients` what the one fused pass of
+`stepper` computes; the groups, state and hooks of a torch optimizer are here.
 """
 
 from __future__ import annotations
@@ -22,11 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mpicdsgd import native
 from mpicdsgd.agents import Agents
 from mpicdsgd.arena import Arena, Coefficients
 from mpicdsgd.errors import UserError
-from mpicdsgd.exchange import AgentFault, Exchange, ExchangeConfig, Reason, open_exchange
+from mpicdsgd.exchange import AgentFault, Exchange, ExchangeConfig, Reason
+from mpicdsgd.stepper import Stepper
 
 log = logging.getLogger("mpicdsgd")
 
@@ -38,7 +31,7 @@ class AgentOptimizer(torch.optim.Optimizer):
     collective over ``agents``: all agents call them alike and in the same order.
 
     Args:
-        params: as for any torch optimizer; float32 on the CPU.
+        params: as for any torch optimizer; float32 on ``agents.device``.
         defaults: hyperparameters of a group.
         agents: who to exchange with.
         rounds: mixing rounds tau per step (i-CDSGD, arXiv 1805.12120).
@@ -47,9 +40,9 @@ class AgentOptimizer(torch.optim.Optimizer):
         debug: find writes through ``.data`` too, by a checksum of all parameters each step.
 
     Attributes:
-        steps: steps completed.
         arena: the flat memory of the parameters.
         exchange: the open exchange.
+        stepper: what both are at work in.
 
     Raises:
         UserError: on every rank, for hyperparameters out of range or models that differ.
@@ -57,6 +50,12 @@ class AgentOptimizer(torch.optim.Optimizer):
 
     look_ahead = False  # the arena holds y = x + mu v, a buffer of its own holds x
     has_momentum = False
+
+    # torch.amp.GradScaler then leaves it to `step` to unscale gradients and to heed an overflow,
+    # and never skips a step, which is collective. It sets the two others around a step only.
+    _step_supports_amp_scaling = True
+    found_inf: torch.Tensor
+    grad_scale: torch.Tensor | None
 
     def __init__(
         self,
@@ -70,7 +69,6 @@ class AgentOptimizer(torch.optim.Optimizer):
         debug: bool = False,
     ) -> None:
         self.agents = agents
-        self.steps = 0
         self._is_open = False
         self._rounds = rounds
         self._buffers = list(buffers)
@@ -88,6 +86,10 @@ class AgentOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Mix with the neighbours and take one gradient step. Collective.
 
+        Where `torch.amp.GradScaler` found an overflow, this agent alone leaves its gradient out:
+        x <- mix, v kept. On a GPU nothing waits for it; what a pass finds not to be finite is
+        reported two steps later.
+
         Raises:
             AgentFault: on all agents at the same step, if one found a fault (parameters changed
                 by hand or not finite) at most the graph's diameter + 1 steps ago.
@@ -101,14 +103,15 @@ class AgentOptimizer(torch.optim.Optimizer):
         self._begin()
         self.arena.require_fresh_gradients()
         self.arena.fill_segments(list(self._coefficients_per_tensor()))
-        self._advance(self.arena.segments)
+        scale, overflow = self._from_scaler()
+        self.stepper.advance(self.arena.segments, scale, overflow)
         return loss
 
     @torch.no_grad()
     def mix(self) -> None:
         """A step without gradient: x <- sum_l Pi[j,l] x_l, v kept. Collective, as `step`."""
         self._begin()
-        self._advance(self.arena.mix_only_segments())
+        self.stepper.advance(self.arena.mix_only_segments())
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -119,12 +122,13 @@ class AgentOptimizer(torch.optim.Optimizer):
         self._require_open()
         self.exchange.wait(self.steps)
         self.arena.repair()
-        if self._x is not None:
-            self._x.copy_(self.arena.flat)
-            if self._v is not None:
+        self.settle()
+        if self.stepper.ahead is not None:
+            self.stepper.ahead.copy_(self.arena.flat)
+            if self._v_views:
                 for i, coefficients in enumerate(self._coefficients_per_tensor()):
                     self._x_views[i].sub_(self._v_views[i], alpha=coefficients.mu)
-        self._publish()
+        self.stepper.publish()
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -135,10 +139,11 @@ class AgentOptimizer(torch.optim.Optimizer):
         """
         if self._is_open:
             self._begin()
-        if self._x is None:
+            self.settle()
+        if self.stepper.ahead is None:
             yield
             return
-        with self.holding(self._x):
+        with self.holding(self.stepper.ahead):
             yield
 
     @contextlib.contextmanager
@@ -162,34 +167,57 @@ class AgentOptimizer(torch.optim.Optimizer):
         self.exchange.report(reason)
 
     @property
+    def steps(self) -> int:
+        """Steps completed."""
+        return self.stepper.steps
+
+    @property
+    def skipped_means_fault(self) -> bool:
+        """Whether a gradient that a step left out (``found_inf``) is a loss that is no number.
+
+        For who sets ``found_inf`` without a scaler: all agents then raise it, as `report` says.
+        """
+        return self.stepper.skipped_means_fault
+
+    @skipped_means_fault.setter
+    def skipped_means_fault(self, value: bool) -> None:
+        self.stepper.skipped_means_fault = value
+
+    @property
     def stopping(self) -> bool:
         """Whether all agents are to stop now; true on all after the same step."""
         return self.exchange.stop_step <= self.steps
 
+    def settle(self) -> None:
+        """Learn what became of all passes so far, waiting for a GPU. Local."""
+        self.stepper.settle()
+
     @property
     def x(self) -> NDArray[np.float32]:
-        """This agent's parameters (and mixed buffers), shape (D,), a view: not to be written."""
-        return self.arena.numpy if self._x is None else self._x.numpy()
+        """This agent's parameters (and mixed buffers), shape (D,), on the host: not to be written.
+
+        A view, or a copy of what is on a GPU.
+        """
+        return self.stepper.x.cpu().numpy()
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The whole state but for `steps` and the groups: x, v, y of shape (D,); views. Local."""
-        arrays: dict[str, NDArray[Any]] = {"x": self.x}
-        if self._v is not None:
-            arrays["v"] = self._v.numpy()
-        if self._x is not None:
-            arrays["y"] = self.arena.numpy
-        return arrays
+        """The whole state but for `steps` and the groups: x, v, y of shape (D,). Local.
+
+        On the host, and not to be written: views, or copies of what is on a GPU.
+        """
+        return {name: flat.cpu().numpy() for name, flat in self.stepper.flats().items()}
 
     @torch.no_grad()
     def load_arrays(self, steps: int, arrays: dict[str, NDArray[Any]]) -> None:
         """Take over what `arrays` gave after ``steps`` steps, and publish it. Collective."""
         self._require_open()
         self.exchange.wait(self.steps)
-        for name, array in AgentOptimizer.arrays(self).items():
-            array[:] = arrays[name]
+        self.settle()
+        for name, flat in self.stepper.flats().items():
+            flat.copy_(torch.from_numpy(np.ascontiguousarray(arrays[name])))
         self.arena.written()
-        self.steps = steps
-        self._publish()
+        self.stepper.steps = steps
+        self.stepper.publish()
 
     def state_dict(self) -> dict[str, Any]:
         """As for any torch optimizer, with ``agents.steps`` beside. Local.
@@ -208,6 +236,7 @@ class AgentOptimizer(torch.optim.Optimizer):
         self._require_open()
         super().load_state_dict(state_dict)  # torch may refuse it: before anything collective
         self.exchange.wait(self.steps)
+        self.settle()
         self.arena.repair()
         for i, (parameter, coefficients) in enumerate(
             zip(self.arena.parameters, self._coefficients_per_tensor(), strict=True)
@@ -221,8 +250,8 @@ class AgentOptimizer(torch.optim.Optimizer):
                 self._x_views[i].copy_(x)
                 self.arena.views[i].copy_(self._x_views[i] + coefficients.mu * self._v_views[i])
         self._fill_state()
-        self.steps = int(state_dict.get("agents", {}).get("steps", 0))
-        self._publish()
+        self.stepper.steps = int(state_dict.get("agents", {}).get("steps", 0))
+        self.stepper.publish()
 
     @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -233,17 +262,19 @@ class AgentOptimizer(torch.optim.Optimizer):
         self._begin()
         momentum = {p: s["v"].clone() for p, s in self.state.items() if "v" in s}
         ahead = {p: s["x"].clone() for p, s in self.state.items() if "x" in s}
-        stop_wanted = self.exchange.stop_wanted
+        stop_wanted, steps = self.exchange.stop_wanted, self.steps
+        skipped_means_fault = self.skipped_means_fault
         self.close()
         super().add_param_group(param_group)
-        self._open()
+        self._open(steps)
+        self.skipped_means_fault = skipped_means_fault
         if stop_wanted:
             self.exchange.request_stop()
         for values, name in ((momentum, "v"), (ahead, "x")):
             for parameter, value in values.items():
                 self.state[parameter][name].copy_(value)
         self.exchange.wait(self.steps)
-        self._publish()
+        self.stepper.publish()
 
     def close(self) -> None:
         """Complete the exchange under way and end it. Collective; a second call does nothing.
@@ -255,7 +286,7 @@ class AgentOptimizer(torch.optim.Optimizer):
         self._hooks = []
         if self._is_open:
             self._is_open = False
-            self.exchange.close()
+            self.stepper.close()
             if self.exchange.fault.reason:
                 raise AgentFault(self.exchange.fault)
 
@@ -273,26 +304,33 @@ class AgentOptimizer(torch.optim.Optimizer):
     def __reduce__(self) -> NoReturn:
         raise TypeError("an optimizer with an open exchange cannot be pickled: use state_dict()")
 
-    def _open(self) -> None:
+    def _open(self, steps: int = 0) -> None:
         agents = self.agents
         with agents.agreement("the optimizer's arguments"):
             if self._rounds < 1:
                 raise UserError(f"rounds (tau) must be at least 1, got {self._rounds}")
-            self.arena = Arena([p for g in self.param_groups for p in g["params"]], self._buffers)
+            parameters = [p for g in self.param_groups for p in g["params"]]
+            self.arena = Arena(parameters, self._buffers, agents.device)
             for group in self.param_groups:
                 self.coefficients(group)
         agents.require_same(
             "the optimizer's parameters (shapes, order), algorithm and rounds",
             repr((type(self).__name__, self.arena.layout(), self._rounds, self.look_ahead)),
         )
-        self.exchange: Exchange = open_exchange(agents, self.arena.size, self._config)
-        self._weights = np.array(agents.weights, dtype=np.float32)
-        flat = self.arena.flat
-        self._v = torch.zeros_like(flat) if self.has_momentum else None
-        self._x = flat.clone() if self.look_ahead else None
-        self._scratch = np.empty_like(self.arena.numpy) if self._rounds > 1 else None
-        self._v_views = [] if self._v is None else self.arena.views_of(self._v)
-        self._x_views = [] if self._x is None else self.arena.views_of(self._x)
+        self.stepper = Stepper(
+            agents,
+            self.arena,
+            self._config,
+            rounds=self._rounds,
+            has_momentum=self.has_momentum,
+            look_ahead=self.look_ahead,
+            debug=self._debug,
+        )
+        self.stepper.steps = steps
+        self.exchange: Exchange = self.stepper.exchange
+        v, ahead = self.stepper.v, self.stepper.ahead
+        self._v_views = [] if v is None else self.arena.views_of(v)
+        self._x_views = [] if ahead is None else self.arena.views_of(ahead)
         self._fill_state()
         for parameter in self.arena.parameters:
             if parameter.requires_grad:
@@ -301,12 +339,16 @@ class AgentOptimizer(torch.optim.Optimizer):
                 )
                 self._hooks.append(hook)
         self._is_open = True
-        self._publish()
+        self.stepper.publish()
 
     def _fill_state(self) -> None:
         for views, name in ((self._v_views, "v"), (self._x_views, "x")):
             for parameter, view in zip(self.arena.parameters, views, strict=False):
                 self.state[parameter][name] = view
+
+    def _from_scaler(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """``grad_scale`` and ``found_inf``, where somebody has set them for this step."""
+        return getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
 
     def _progress(self, _: torch.Tensor) -> None:
         self.exchange.progress()
@@ -321,79 +363,5 @@ class AgentOptimizer(torch.optim.Optimizer):
             yield from (coefficients for _ in group["params"])
 
     def _begin(self) -> None:
-        """Find out whether the parameters are still ours and as we left them."""
         self._require_open()
-        moved = self.arena.repair()
-        written = self.arena.changed() or (self._debug and self._checksum != self.arena.checksum())
-        if moved or written:
-            log.error(
-                "agent %d: parameters were changed outside step() since they were last published; "
-                "all agents will stop",
-                self.agents.rank,
-            )
-            self.exchange.report(Reason.CHANGED_BY_HAND)
-            self._accept()
-        self._take_buffers()
-
-    def _take_buffers(self) -> None:
-        """What the forward pass made of mixed buffers, it made in the arena: x has them too."""
-        if self._x is not None:
-            end = self.arena.parameters_end
-            self._x[end:] = self.arena.flat[end:]
-
-    def _accept(self) -> None:
-        self.arena.accept()
-        self._checksum = self.arena.checksum() if self._debug else 0
-
-    def _advance(self, segments: NDArray[np.void]) -> None:
-        """Wait, pass, post: ``rounds`` times; the gradient is applied in the last round."""
-        z = self.x
-        for mixing_round in range(self._rounds - 1):
-            assert self._scratch is not None
-            neighbours = self.exchange.wait(self.steps, mixing_round)
-            self._pass(self._scratch, z, neighbours, self.arena.mix_only_segments(), last=False)
-            self.exchange.post(self.steps, mixing_round + 1)
-            z = self._scratch
-        neighbours = self.exchange.wait(self.steps, self._rounds - 1)
-        finite = self._pass(self.x, z, neighbours, segments, last=True)
-        self.arena.written()
-        self._accept()
-        if not finite:
-            self.exchange.report(Reason.NON_FINITE)
-        self.steps += 1
-        self.exchange.post(self.steps)
-        if self.exchange.fault.step <= self.steps:
-            self.exchange.fault_raised = True
-            raise AgentFault(self.exchange.fault)
-
-    def _pass(
-        self,
-        out: NDArray[np.float32],
-        z: NDArray[np.float32],
-        neighbours: list[NDArray[np.generic]],
-        segments: NDArray[np.void],
-        *,
-        last: bool,
-    ) -> bool:
-        return native.update(
-            out,
-            z,
-            at=self.arena.numpy,
-            v=self._v.numpy() if last and self._v is not None else None,
-            y=self.arena.numpy if last and self._x is not None else None,
-            p=self.exchange.published,
-            q=self.exchange.previous,
-            neighbours=neighbours,
-            weights=self._weights[: len(neighbours)],
-            segments=segments,
-            wire=self._config.wire,
-            threads=torch.get_num_threads(),
-        )
-
-    def _publish(self) -> None:
-        """Write p <- Q(x) and post; the exchange must be free."""
-        self._take_buffers()
-        if not self._pass(self.x, self.x, [], self.arena.mix_only_segments(), last=False):
-            self.exchange.report(Reason.NON_FINITE)
-        self._accept()
-        self.exchange.post(self.steps)
+        self.stepper.begin()

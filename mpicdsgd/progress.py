@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -85,19 +86,23 @@ class Progress:
             self._moved.clear()
             self._bar.stop()
 
-    def update(self, step: int, text: str = "") -> None:
-        """Show that ``step`` steps are done; ``text``: loss and the like, in a few words."""
+    def update(self, step: int, text: Callable[[], str]) -> None:
+        """Show that ``step`` steps are done; ``text`` gives loss and the like, in a few words.
+
+        It is called only when it will be seen: for a loss, a GPU must be waited for.
+        """
         self._step = step
         if not self._enabled:
             return
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, text=text)
+            self._bar.update(self._task, completed=step)
             if now - self._shown >= _BAR_S or step >= self._total:
                 self._shown = now
+                self._bar.update(self._task, text=text())
                 self._bar.refresh()
         elif now - self._shown >= _LINE_S:
-            self.line(f"step {step}/{self._total}  {text}  {self._remaining(now)}")
+            self.line(f"step {step}/{self._total}  {text()}  {self._remaining(now)}")
 
     def line(self, text: str) -> None:
         """Show a line that stays: an evaluation's result."""

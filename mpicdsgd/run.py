@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import random
 import time
 from pathlib import Path
@@ -24,12 +23,14 @@ from mpicdsgd.algorithms.choose import (
     restore_schedule,
 )
 from mpicdsgd.data import Shuffler, load
+from mpicdsgd.data.feed import to_device
 from mpicdsgd.errors import UserError
-from mpicdsgd.evaluate import evaluate, is_classification
-from mpicdsgd.exchange import AgentFault, Reason
+from mpicdsgd.evaluate import evaluate
+from mpicdsgd.exchange import AgentFault
 from mpicdsgd.measure import RunningMeans, accuracy, measure, ratio
+from mpicdsgd.minibatch import minibatch_step
 from mpicdsgd.progress import Progress
-from mpicdsgd.runconfig import Config, as_json, differences, every
+from mpicdsgd.runconfig import Config, as_json, check, differences, every
 from mpicdsgd.specs import graph_from_spec, mixing_from_spec
 
 log = logging.getLogger("mpicdsgd")
@@ -51,27 +52,12 @@ class Run:
         with agreement(comm, "topology and mixing", timeout_s):
             graph = graph_from_spec(config.agents.topology, comm.size)
             mixing = mixing_from_spec(config.agents.mixing, graph)
-            if config.agents.init not in ("broadcast", "local"):
-                raise UserError(
-                    f'agents.init must be "broadcast" or "local", got "{config.agents.init}"'
-                )
-            if config.run.resume not in ("auto", "never"):
-                raise UserError(f'run.resume must be "auto" or "never", got "{config.run.resume}"')
-            for name in ("epochs", "keep", "evaluate_batch"):
-                if getattr(config.run, name) < 1:
-                    raise UserError(f"run.{name} must be at least 1")
-            if config.agents.threads < 0:
-                raise UserError(
-                    f"agents.threads must be at least 0 (0: this node's cores shared out), "
-                    f"got {config.agents.threads}"
-                )
-            if not (config.optim.clip_norm >= 0 and math.isfinite(config.optim.clip_norm)):
-                raise UserError(
-                    f"optim.clip_norm must be a finite number >= 0 (0: do not clip), "
-                    f"got {config.optim.clip_norm}"
-                )
+            check(config)
         agents = Agents(comm, mixing, device=config.agents.device, timeout_s=timeout_s)
         self.agents = agents
+        self._deferred = agents.gpu is not None  # the host runs ahead, and waits for no loss
+        # Else cuDNN adds up gradients in any order, and a restart is not bit by bit the same.
+        torch.backends.cudnn.deterministic = True
         agents.require_same("the config", repr(config))
         agents.share_cores(config.agents.threads)
 
@@ -88,6 +74,7 @@ class Run:
         self._seed(0 if config.agents.init == "broadcast" else agents.rank + 1)
         with agents.agreement("model"):
             self.model = models.build(config.model, self.data.input_shape, self.data.classes)
+            self.model.to(agents.device)
             self.loss_fn = models.loss_function(config.model)
             # A model or loss that does not fit the data is found before anything is written.
             few = np.arange(min(2, len(self.data.test)))
@@ -148,7 +135,8 @@ class Run:
         if position == 0:
             self._means = RunningMeans()
         batches = self.shuffler.batches(epoch, position)
-        for inputs, targets in self.data.train.batches(batches, epoch):
+        made = self.data.train.batches(batches, epoch)
+        for inputs, targets in to_device(made, self.agents.device):
             self._step(inputs, targets)
             done = self.optimizer.steps
             at_end = done == self.total_steps
@@ -158,27 +146,21 @@ class Run:
                 self._save()
 
     def _step(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        optimizer, clip = self.optimizer, self.config.optim.clip_norm
-        self.model.train()
-        optimizer.zero_grad(set_to_none=True)
-        outputs = self.model(inputs)
-        loss = self.loss_fn(outputs, targets)
-        value = float(loss.detach())
-        if math.isfinite(value):
-            loss.backward()  # type: ignore[no-untyped-call]
-            if clip > 0:
-                torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
-            optimizer.step()
-        else:
-            optimizer.report(Reason.NON_FINITE_LOSS)
-            optimizer.mix()
+        loss, right = minibatch_step(
+            self.model,
+            self.loss_fn,
+            self.optimizer,
+            inputs,
+            targets,
+            clip_norm=self.config.optim.clip_norm,
+            deferred=self._deferred,
+        )
         self.scheduler.step()
-        right = -1
-        if is_classification(outputs, targets):
-            right = int((outputs.detach().argmax(1) == targets).sum())
-        self._means.add(value, right, len(targets))
-        loss_text = f"loss {ratio(self._means.loss_sum, self._means.count):.4f}"
-        self._progress.update(optimizer.steps, f"{loss_text}{self._shown}")
+        means = self._means
+        means.add(loss, right, len(targets))
+        self._progress.update(
+            self.optimizer.steps, lambda: f"loss {means.mean_loss():.4f}{self._shown}"
+        )
 
     def _evaluate(self) -> None:
         self._no_fault("evaluation")
@@ -227,7 +209,7 @@ class Run:
         self._no_fault("checkpoint")
         meta = {
             "random": state.capture_random(),
-            "means": dataclasses.asdict(self._means),
+            "means": self._means.numbers(),
             "scheduler": as_json(self.scheduler.state_dict()),
             "groups": [{k: v for k, v in g.items() if k != "params"}
                        for g in self.optimizer.param_groups],
@@ -251,7 +233,8 @@ class Run:
 
     def _no_fault(self, where: str) -> None:
         """Raise a fault found by any agent before going into other collectives. Collective."""
-        fault = self.optimizer.exchange.fault
+        self.optimizer.settle()
+        fault = self.optimizer.exchange.fault_known
         error = self._as_mistake(AgentFault(fault)) if fault.reason else None
         try:
             agree(self.agents.comm, where, error, self.agents.timeout_s)
@@ -297,6 +280,7 @@ class Run:
                 header = {
                     **versions,
                     "hosts": ", ".join(hosts),
+                    "device": agents.gpu.name if agents.gpu else "cpu",
                     "threads per rank": torch.get_num_threads(),
                     "resumed from step": snapshot.step if snapshot else "none",
                 }
@@ -352,6 +336,8 @@ class Run:
                 meta["groups"] if snapshot.shared["config"]["optim"] == self._optim() else None,
             )
         if self.agents.rank == 0:
+            if text := state.other_device(snapshot.arrays, self.agents.device):
+                log.warning("%s", text)
             log.info("going on from step %d in %s", snapshot.step, self._dir)
 
     def _optim(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -60,6 +61,27 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         run = dataclasses.replace(config.run, dir=str(Path("runs") / path.stem))
         config = dataclasses.replace(config, run=run)
     return config
+
+
+def check(config: Config) -> None:
+    """Raise a UserError for a value out of range that no other part of the run looks at. Local."""
+    if config.agents.init not in ("broadcast", "local"):
+        raise UserError(f'agents.init must be "broadcast" or "local", got "{config.agents.init}"')
+    if config.run.resume not in ("auto", "never"):
+        raise UserError(f'run.resume must be "auto" or "never", got "{config.run.resume}"')
+    for name in ("epochs", "keep", "evaluate_batch"):
+        if getattr(config.run, name) < 1:
+            raise UserError(f"run.{name} must be at least 1")
+    if config.agents.threads < 0:
+        raise UserError(
+            f"agents.threads must be at least 0 (0: this node's cores shared out), "
+            f"got {config.agents.threads}"
+        )
+    if not (config.optim.clip_norm >= 0 and math.isfinite(config.optim.clip_norm)):
+        raise UserError(
+            f"optim.clip_norm must be a finite number >= 0 (0: do not clip), "
+            f"got {config.optim.clip_norm}"
+        )
 
 
 def every(name: str, text: str, steps_per_epoch: int) -> int:

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from mpicdsgd.errors import UserError
 from mpicdsgd.optim import AgentOptimizer
 
+_CUDA = "random/cuda"
+
 # What p publishes is Q(x) after every step, so it is written anew at a restart and not stored.
 
 
@@ -23,6 +25,9 @@ def capture_arrays(optimizer: AgentOptimizer, model: torch.nn.Module) -> dict[st
     legacy: Any = np.random.get_state()
     arrays["random/torch"] = torch.get_rng_state().numpy()
     arrays["random/numpy"] = legacy[1]
+    device = optimizer.agents.device
+    if device.type == "cuda":
+        arrays[_CUDA] = torch.cuda.get_rng_state(device).numpy()
     return arrays
 
 
@@ -41,6 +46,8 @@ def check(
 ) -> None:
     """Raise a UserError unless ``arrays`` has everything that `restore` takes from it. Local."""
     wanted = capture_arrays(optimizer, model)
+    if _CUDA not in arrays:
+        wanted.pop(_CUDA, None)
     for name, array in wanted.items():
         if name not in arrays or arrays[name].shape != array.shape:
             raise UserError(
@@ -56,16 +63,39 @@ def restore(
     arrays: dict[str, NDArray[Any]],
     generators: dict[str, Any],
 ) -> None:
-    """Take over what the two functions above gave after ``steps`` steps. Collective (publishes)."""
+    """Take over what the `capture_` functions gave after ``steps`` steps. Collective (publishes).
+
+    What was written on a GPU can be taken over without one, and the other way: a GPU's generator
+    then stays as it is.
+    """
     optimizer.load_arrays(steps, arrays)
     with torch.no_grad():
         for name, buffer in local_buffers(optimizer, model).items():
             buffer.copy_(torch.from_numpy(np.array(arrays[f"buffers/{name}"])))
     torch.set_rng_state(torch.from_numpy(np.array(arrays["random/torch"])))
+    device = optimizer.agents.device
+    if device.type == "cuda" and _CUDA in arrays:
+        torch.cuda.set_rng_state(torch.from_numpy(np.array(arrays[_CUDA])), device)
     kind, position, has_gauss, gauss = generators["numpy"]
     np.random.set_state((kind, arrays["random/numpy"], position, has_gauss, gauss))
     version, words, next_gauss = generators["python"]
     random.setstate((version, tuple(words), next_gauss))
+
+
+def other_device(arrays: dict[str, NDArray[Any]], device: torch.device) -> str:
+    """What a user should know where ``arrays`` were not written on a device like ``device``. Local.
+
+    "" where they were.
+    """
+    then, now = _CUDA in arrays, device.type == "cuda"
+    if then == now:
+        return ""
+    places = ("the CPU", "a GPU")
+    return (
+        f"the checkpoint was written on {places[then]} and the run continues on {places[now]}: "
+        "random numbers drawn there (dropout) are other ones"
+        + (", beginning with run.seed's first" if now else "")
+    )
 
 
 def local_buffers(optimizer: AgentOptimizer, model: torch.nn.Module) -> dict[str, torch.Tensor]:

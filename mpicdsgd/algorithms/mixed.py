@@ -27,7 +27,7 @@ class Mixed(AgentOptimizer):
     It shares ``optimizer``'s parameter groups, so schedulers and changes of lr act on both.
 
     Args:
-        optimizer: a torch optimizer over float32 CPU parameters; step only through `Mixed`.
+        optimizer: a torch optimizer over float32 parameters; step only through `Mixed`.
         agents, buffers, exchange, debug: see `mpicdsgd.optim.AgentOptimizer`.
     """
 
@@ -56,19 +56,34 @@ class Mixed(AgentOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """The optimizer's own step, then the mixing. Collective, as `AgentOptimizer.step`."""
+        """The optimizer's own step, then the mixing. Collective, as `AgentOptimizer.step`.
+
+        After an overflow that `torch.amp.GradScaler` found, the mixing alone. Whether there was
+        one a fused optimizer finds out on the GPU; for others the host waits, as with torch.
+        """
         self._begin()
-        with torch.enable_grad():
-            loss = self.optimizer.step(closure)
+        loss = None
+        scale, overflow = self._from_scaler()
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False) and overflow is not None:
+            inner: Any = self.optimizer
+            inner.grad_scale, inner.found_inf = scale, overflow
+            inner.step()
+            del inner.grad_scale, inner.found_inf
+        elif overflow is None or not bool(overflow):
+            if scale is not None:
+                gradients = [p.grad for p in self.arena.parameters if p.grad is not None]
+                torch._foreach_mul_(gradients, 1 / float(scale))
+            with torch.enable_grad():
+                loss = self.optimizer.step(closure)
         self.arena.require_fresh_gradients()
-        self._advance(self._segments())
+        self.stepper.advance(self._segments(), overflow=overflow)
         return loss
 
     @torch.no_grad()
     def mix(self) -> None:
         """The mixing without a step of the optimizer. Collective; raises as `step`."""
         self._begin()
-        self._advance(self._segments())
+        self.stepper.advance(self._segments())
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's own, with ``agents.steps`` beside. Local."""
@@ -82,8 +97,8 @@ class Mixed(AgentOptimizer):
         self.exchange.wait(self.steps)
         self.param_groups = self.optimizer.param_groups
         self.arena.repair()
-        self.steps = int(state_dict.get("agents", {}).get("steps", 0))
-        self._publish()
+        self.stepper.steps = int(state_dict.get("agents", {}).get("steps", 0))
+        self.stepper.publish()
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """x, and the optimizer's own state under ``optimizer/<parameter>/<name>``; views. Local.
@@ -109,9 +124,17 @@ class Mixed(AgentOptimizer):
             kind, _, rest = key.partition("/")
             if kind == "optimizer":
                 index, _, name = rest.partition("/")
+                parameter = self.arena.parameters[int(index)]
                 values = torch.from_numpy(np.array(array))
-                self.optimizer.state[self.arena.parameters[int(index)]][name] = values
+                # As torch keeps them: the count of steps on the host, for most optimizers.
+                if name != "step" or self._counts_on_device(parameter):
+                    values = values.to(parameter.device)
+                self.optimizer.state[parameter][name] = values
         super().load_arrays(steps, arrays)
+
+    def _counts_on_device(self, parameter: torch.Tensor) -> bool:
+        group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
+        return bool(group.get("capturable") or group.get("fused"))
 
     def _segments(self) -> NDArray[np.void]:
         # own = 1: the difference to neighbours is taken from what was published, the old x.

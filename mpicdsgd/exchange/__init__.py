@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from mpicdsgd.agents import Agents
 from mpicdsgd.errors import UserError
-from mpicdsgd.exchange.carrier import WIRE_DTYPE, Edge
+from mpicdsgd.exchange.carrier import WIRE_DTYPE, Carrier, Edge
 from mpicdsgd.exchange.engine import Exchange
 from mpicdsgd.exchange.errors import (
     AgentFault,
@@ -21,6 +21,7 @@ from mpicdsgd.exchange.errors import (
 )
 from mpicdsgd.exchange.header import Fault, Reason
 from mpicdsgd.exchange.neighbor import HostCarrier
+from mpicdsgd.exchange.routing import PREFETCH, TRANSPORTS, open_device_carrier
 
 __all__ = [
     "AgentFault",
@@ -41,9 +42,10 @@ __all__ = [
 class ExchangeConfig:
     """Section ``[exchange]`` of a run's config."""
 
-    transport: str = "auto"
+    transport: str = "auto"  # on GPUs also "direct", "neighbor", "staged": see `routing`
     wire: str = "float32"
     timeout_s: float = 300.0
+    prefetch: str = "auto"  # "always", "never": fetch direct neighbours' values from other GPUs
 
 
 def open_exchange(agents: Agents, size: int, config: ExchangeConfig) -> Exchange:
@@ -54,9 +56,19 @@ def open_exchange(agents: Agents, size: int, config: ExchangeConfig) -> Exchange
             size or wire type that is not the same on all.
     """
     with agents.agreement("the exchange's settings"):
-        if config.transport not in ("auto", "neighbor"):
+        if config.transport not in TRANSPORTS:
             raise UserError(
-                f'exchange.transport must be "auto" or "neighbor", got "{config.transport}"'
+                f"exchange.transport must be one of {', '.join(TRANSPORTS)}, "
+                f'got "{config.transport}"'
+            )
+        if agents.gpu is None and config.transport not in ("auto", "neighbor"):
+            raise UserError(
+                f'exchange.transport = "{config.transport}" is for GPUs, and these agents are on '
+                'the CPU: use "auto" or "neighbor"'
+            )
+        if config.prefetch not in PREFETCH:
+            raise UserError(
+                f'exchange.prefetch must be one of {", ".join(PREFETCH)}, got "{config.prefetch}"'
             )
         if config.wire not in WIRE_DTYPE:
             raise UserError(
@@ -65,4 +77,12 @@ def open_exchange(agents: Agents, size: int, config: ExchangeConfig) -> Exchange
         if not config.timeout_s > 0:
             raise UserError(f"exchange.timeout_s must be positive, got {config.timeout_s}")
     agents.require_same("the exchange's buffers", f"{size} elements of {config.wire}")
-    return Exchange(agents, HostCarrier(agents, size, config.wire), config.timeout_s)
+    agents.require_same("exchange.transport", f"{config.transport} {config.prefetch}")
+    carrier: Carrier = (
+        HostCarrier(agents, size, config.wire)
+        if agents.gpu is None
+        else open_device_carrier(
+            agents, agents.gpu, size, config.wire, config.transport, config.prefetch
+        )
+    )
+    return Exchange(agents, carrier, config.timeout_s)

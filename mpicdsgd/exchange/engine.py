@@ -10,7 +10,7 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,7 @@ class Exchange:
         fault: the least fault known here.
         fault_raised: whether it has been raised already, so that closing need not raise it again.
         wait_s, bytes_sent: totals since opening.
+        before_closing: called when closing begins, also at exit: the last chance to `report`.
     """
 
     def __init__(self, agents: Agents, carrier: Carrier, timeout_s: float) -> None:
@@ -72,6 +73,7 @@ class Exchange:
         self._step = 0
         self._under_way = False
         self._closed = False
+        self.before_closing: Callable[[], None] = lambda: None
         shutdown.watch(self)
 
     @property
@@ -171,6 +173,7 @@ class Exchange:
         if self._closed:
             return
         self._closed = True
+        self.before_closing()
         if self._found:  # after the last post
             self.fault = min(self.fault, self._own_fault(self._step))
         everybody_closes = self._all.Ibarrier()
@@ -193,9 +196,9 @@ class Exchange:
             elif not patience.pause():
                 raise AgentMissing(self._missing())
             yield
-        fault = [self.fault.step, self.fault.reason, self.fault.agent, self.fault.at]
+        fault = [self.fault.step, self.fault.at, self.fault.reason, self.fault.agent]
         faults = yield from self._gather(fault, patience)
-        self.fault = min(Fault(f[0], Reason(f[1]), f[2], f[3]) for f in faults.tolist())
+        self.fault = min(Fault(f[0], f[1], Reason(f[2]), f[3]) for f in faults.tolist())
         steps = ends[:, 1]
         if self._rank == 0 and steps.min() != steps.max():
             log.warning("the agents closed after different numbers of steps: %s", steps.tolist())
@@ -228,7 +231,7 @@ class Exchange:
     def _own_fault(self, step: int) -> Fault:
         assert self._found is not None
         reason, at = self._found
-        return Fault(step + self._diameter, reason, self._rank, step if at is None else at)
+        return Fault(step + self._diameter, step if at is None else at, reason, self._rank)
 
     def _post(self, header: Header) -> None:
         assert not self._under_way, "post() before wait()"

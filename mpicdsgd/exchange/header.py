@@ -49,12 +49,16 @@ class Reason(IntEnum):
 
 @dataclass(frozen=True, order=True)
 class Fault:
-    """After ``step`` completed steps all agents raise; of two faults the lesser one holds."""
+    """After ``step`` completed steps all agents raise; of two faults the lesser one holds.
+
+    Of two that are raised at the same step, that is the one which happened first: a neighbour whom
+    it infected is not to blame.
+    """
 
     step: int = NEVER
+    at: int = 0  # completed steps of ``agent`` when it happened
     reason: Reason = Reason.NONE
     agent: int = 0
-    at: int = 0  # completed steps of ``agent`` when it said so
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def read(slot: NDArray[np.uint8]) -> Header | None:
         return None
     word = {name: int(row[name]) for name in _LAYOUT.names or ()}
     fault = Fault(
-        word["fault_step"], Reason(word["fault_reason"]), word["fault_agent"], word["fault_at"]
+        word["fault_step"], word["fault_at"], Reason(word["fault_reason"]), word["fault_agent"]
     )
     return Header(
         word["step"],

@@ -166,7 +166,8 @@ def _check(
             if not same and np.may_share_memory(x, other):
                 raise ValueError(f"{a} and {b}: overlap without being the same array")
     _check_array("segments", segments, SEGMENT)
-    _check_segments(segments, size, q is not None)
+    check_layout(segments, size)
+    check_values(segments, q is not None)
 
 
 def _check_array(
@@ -182,18 +183,24 @@ def _check_array(
         raise ValueError(f"{name}: has {array.size} elements, {size} are needed")
 
 
-def _check_segments(segments: NDArray[np.void], size: int, has_q: bool) -> None:
+def check_layout(segments: NDArray[np.void], size: int) -> None:
+    """Raise ValueError for segments that leave ``size`` elements, or overlap."""
     offset, length = segments["offset"], segments["length"]
     outside = (length < 0) | (length > size) | (offset < 0) | (offset > size - length)
     if outside.any():
         raise ValueError(f"segments[{outside.argmax()}]: leaves the {size} elements of z")
-    if not np.isin(segments["own"], (0, 1)).all():
-        raise ValueError("segments: own must be 0 or 1")
-    if segments["own"].any() and not has_q:
-        raise ValueError("segments: own = 1 needs q")
-    if (segments["grad"] % np.uint64(4)).any():
-        raise ValueError("segments: a gradient's address is not aligned to 4 bytes")
     filled = segments[length > 0]
     filled = filled[np.argsort(filled["offset"], kind="stable")]
     if (filled["offset"][:-1] + filled["length"][:-1] > filled["offset"][1:]).any():
         raise ValueError("segments: overlap")
+
+
+def check_values(segments: NDArray[np.void], has_q: bool) -> None:
+    """Raise ValueError for what else `SEGMENT` does not allow."""
+    own = segments["own"]
+    if ((own != 0) & (own != 1)).any():
+        raise ValueError("segments: own must be 0 or 1")
+    if own.any() and not has_q:
+        raise ValueError("segments: own = 1 needs q")
+    if (segments["grad"] % np.uint64(4)).any():
+        raise ValueError("segments: a gradient's address is not aligned to 4 bytes")

@@ -127,7 +127,7 @@ def test_matrix_for_another_number_of_agents(comm: MPI.Intracomm) -> None:
 
 def test_unknown_device_on_one_rank(comm: MPI.Intracomm) -> None:
     device = "tpu" if comm.rank == comm.size - 1 else "auto"
-    with pytest.raises(UserError, match='device must be "auto" or "cpu", got "tpu"'):
+    with pytest.raises(UserError, match=r'device must be "auto", "cpu", .* got "tpu"'):
         make_agents(comm, device=device)
 
 

@@ -280,7 +280,8 @@ def test_settings_on_one_rank(comm: MPI.Intracomm) -> None:
             open_exchange(agents, 4, ExchangeConfig(**(settings if last else {})))
 
     refused('wire must be one of float32, bfloat16, float16, got "float8"', wire="float8")
-    refused('transport must be "auto" or "neighbor", got "pigeon"', transport="pigeon")
+    refused('transport must be one of auto, direct, .* got "pigeon"', transport="pigeon")
+    refused('"staged" is for GPUs, .*: use "auto" or "neighbor"', transport="staged")
     refused("timeout_s must be positive, got 0", timeout_s=0)
     if comm.size > 1:
         refused("must be the same on all ranks", wire="bfloat16")

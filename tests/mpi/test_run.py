@@ -19,11 +19,15 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from emulation.gpu import EmulatedGpu
 from mpi4py import MPI
 from torch import nn
 
-from mpicdsgd import checkpoint, record
+from mpicdsgd import AgentFault, UserError, checkpoint, gpu, record
+from mpicdsgd import run as run_module
+from mpicdsgd import state as run_state
 from mpicdsgd.data import DataConfig, load
+from mpicdsgd.minibatch import minibatch_step
 from mpicdsgd.run import Run
 from mpicdsgd.runconfig import Config, load_config
 
@@ -38,6 +42,7 @@ evaluate_every = "5 steps"
 checkpoint_every = "4 steps"
 [agents]
 topology = "{topology}"
+device = "cpu"
 [model]
 name = "test_run:normalised"
 loss = "test_run:loss"
@@ -99,6 +104,12 @@ def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     if outputs.requires_grad:
         losses.append((float(value.detach()), len(targets)))
     return value
+
+
+def nan_in_the_fifth(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    value = loss(outputs, targets)
+    last = MPI.COMM_WORLD.rank == MPI.COMM_WORLD.size - 1
+    return value * math.nan if len(losses) == 5 and last else value
 
 
 @pytest.fixture
@@ -296,7 +307,7 @@ def test_training_loss_on_the_whole_share(comm: MPI.Intracomm, folder: Path) -> 
     assert (loss_, accuracy) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(
+RUNS = pytest.mark.parametrize(
     "overrides",
     [
         pytest.param((), id="nesterov"),
@@ -330,9 +341,18 @@ def test_training_loss_on_the_whole_share(comm: MPI.Intracomm, folder: Path) -> 
         ),
     ],
 )
+needs_gpu = pytest.mark.skipif(bool(gpu.why_not()), reason=f"no GPU: {gpu.why_not()}")
+on_gpu = pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
+)
+
+
+@on_gpu
+@RUNS
 def test_a_restart_goes_on_bit_by_bit(
-    comm: MPI.Intracomm, folder: Path, overrides: tuple[str, ...]
+    comm: MPI.Intracomm, folder: Path, overrides: tuple[str, ...], device: str
 ) -> None:
+    overrides = (*overrides, f"agents.device={device}")
     train(comm, *overrides, "run.dir=whole")
     # Left after 11 steps: on from the checkpoint of step 8, the line of step 10 is written anew.
     leave(comm, 11, *overrides, "run.dir=left")
@@ -343,6 +363,101 @@ def test_a_restart_goes_on_bit_by_bit(
     train(comm, *overrides, "run.dir=left")
     assert [found["step"] for found in metrics("left")] == [5, 10, 15]
     same(comm, "whole", "left")
+
+
+@pytest.fixture
+def emulated(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rank has an emulated GPU, whatever ``agents.device`` says."""
+    monkeypatch.setattr(
+        "mpicdsgd.agents.choose_gpu", lambda *_: EmulatedGpu(card=f"card {comm.rank}")
+    )
+
+
+@RUNS
+def test_a_run_on_emulated_gpus_is_the_same(
+    comm: MPI.Intracomm, folder: Path, overrides: tuple[str, ...], request: pytest.FixtureRequest
+) -> None:
+    train(comm, *overrides, "run.dir=whole")
+    request.getfixturevalue("emulated")
+    leave(comm, 11, *overrides, "run.dir=left")
+    train(comm, *overrides, "run.dir=left")
+    same(comm, "whole", "left")
+    assert "\n# device: emulated GPU" in Path("left/config.g0002.toml").read_text()
+
+
+@pytest.fixture
+def deferred(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses are left to the device, as on a GPU."""
+
+    def step(*arguments: Any, **options: Any) -> Any:
+        return minibatch_step(*arguments, **{**options, "deferred": True})
+
+    monkeypatch.setattr(run_module, "minibatch_step", step)
+
+
+def test_a_run_that_defers_is_the_same(
+    comm: MPI.Intracomm, folder: Path, request: pytest.FixtureRequest
+) -> None:
+    train(comm, "run.dir=whole")
+    request.getfixturevalue("deferred")
+    leave(comm, 11, "run.dir=left")  # in the middle of an epoch
+    train(comm, "run.dir=left")
+    same(comm, "whole", "left")
+
+
+@pytest.mark.parametrize("way", ["deferred", "emulated"])
+def test_a_loss_that_is_no_number_is_found_late(
+    comm: MPI.Intracomm, folder: Path, way: str, request: pytest.FixtureRequest
+) -> None:
+    request.getfixturevalue(way)
+    for every in (2, 5):
+        losses.clear()
+        kept = "checkpoint of step 4 is kept" if every == 2 else "there is no checkpoint yet"
+        text = f"agent {comm.size - 1}, step 5: the loss is NaN or infinite: .*{kept}"
+        own = (f"run.dir={every}", f"run.checkpoint_every={every} steps")
+        run = Run(config(*own, "model.loss=test_run:nan_in_the_fifth"), comm)
+        with pytest.raises(UserError, match=text):
+            run.train()
+        with pytest.raises(AgentFault):
+            run.optimizer.close()  # which gives back the memory
+        run._metrics.close()
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("cpu", "cpu"),
+        pytest.param("cuda", "cpu", marks=[pytest.mark.gpu, needs_gpu]),
+        pytest.param("cpu", "cuda", marks=[pytest.mark.gpu, needs_gpu]),
+    ],
+)
+def test_going_on_on_another_device_is_said(
+    comm: MPI.Intracomm,
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    first: str,
+    second: str,
+) -> None:
+    train(comm, "run.dir=whole")
+    with monkeypatch.context() as patch:
+        if first == second:  # a checkpoint as if from a GPU
+            capture = run_state.capture_arrays
+
+            def with_cuda(*arguments: Any) -> dict[str, Any]:
+                return {**capture(*arguments), "random/cuda": np.zeros(16, np.uint8)}
+
+            patch.setattr(run_state, "capture_arrays", with_cuda)
+        leave(comm, 9, "run.dir=left", f"agents.device={first}")
+    train(comm, "run.dir=left", f"agents.device={second}")
+    said = [text for text in caplog.messages if "the checkpoint was written on" in text]
+    places = ("the CPU", "a GPU") if second == "cuda" else ("a GPU", "the CPU")
+    expected = f"written on {places[0]} and the run continues on {places[1]}: random numbers"
+    assert len(said) == (comm.rank == 0)
+    assert all(expected in text for text in said)
+    if first == second:
+        same(comm, "whole", "left")
+    assert [found["step"] for found in metrics("left")] == [5, 10, 15]
 
 
 def test_a_finished_run_stays_as_it_is(comm: MPI.Intracomm, folder: Path) -> None:

@@ -98,3 +98,19 @@ def test_no_accuracy_for_labels_without_logits():
 def test_no_samples():
     model, samples = classification()
     assert evaluate(model, samples, CROSS_ENTROPY, 4, np.array([], np.int64)) == (0.0, 0, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+@pytest.mark.parametrize("batch_size", [1, 5, 100])
+def test_gpu_gives_what_the_host_gives(batch_size):
+    model, samples = classification()
+    expected = evaluate(model, samples, CROSS_ENTROPY, batch_size)
+    model.to("cuda:0")
+    states = torch.get_rng_state(), torch.cuda.get_rng_state()
+    loss_sum, correct, count = evaluate(model, samples, CROSS_ENTROPY, batch_size)
+    evaluate(nn.Sequential(model, Noisy()), samples, CROSS_ENTROPY, batch_size)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert torch.equal(torch.cuda.get_rng_state(), states[1])
+    assert loss_sum == pytest.approx(expected[0], rel=1e-5)
+    assert (correct, count) == expected[1:]

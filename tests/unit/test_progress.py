@@ -25,11 +25,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_plain_lines_are_sparse(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
+    said: list[int] = []
     with Progress(1000, terminal=False) as display:
         for step in range(1, 601):
             clock.now = step * 0.1
-            display.update(step, f"loss {step}")
+            display.update(step, lambda step=step: said.append(step) or f"loss {step}")
         display.line("epoch 1: accuracy 0.9")
+    assert said == [300, 600], "a text is made only to be shown: it may have to wait for a GPU"
     assert capsys.readouterr().err.splitlines() == [
         "step 300/1000  loss 300  0:01:10 left",
         "step 600/1000  loss 600  0:00:40 left",
@@ -42,13 +44,13 @@ def test_time_left_counts_this_jobs_steps_only(
 ) -> None:
     with Progress(1000, terminal=False, done=900) as display:
         clock.now = 30.0
-        display.update(930, "")
+        display.update(930, str)
     assert "0:01:10 left" in capsys.readouterr().err
 
 
 def test_disabled_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(10, enabled=False, terminal=True) as display:
-        display.update(10, "x")
+        display.update(10, pytest.fail)
         display.line("y")
     captured = capsys.readouterr()
     assert captured.out + captured.err == ""
@@ -64,7 +66,7 @@ def test_bar_and_log_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     logger.addHandler(handler)
     try:
         with Progress(10, terminal=True) as display:
-            display.update(10, "loss [0.5]")
+            display.update(10, lambda: "loss [0.5]")
             assert handler.stream is not screen, "goes through the bar"
             logger.warning("a warning")
             display.line("epoch [1]")
@@ -90,3 +92,19 @@ def test_bar_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError
     assert sys.stderr is screen
     assert screen.getvalue().rstrip("\n").endswith("\x1b[?25h"), "the cursor is back"
+
+
+def test_the_bar_asks_for_its_text_only_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    said: list[int] = []
+    with Progress(100, terminal=True) as display:
+        for step in range(1, 101):
+            clock.now = step * 0.051
+            display.update(step, lambda step=step: said.append(step) or f"loss {step}")
+    assert said == [*range(4, 101, 4)]
+    assert "100/100" in screen.getvalue()
+    assert "loss 100" in screen.getvalue()

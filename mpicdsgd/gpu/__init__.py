@@ -1,0 +1,33 @@
+"""GPUs: which one a rank uses, or why none."""
+
+from __future__ import annotations
+
+import torch
+
+from mpicdsgd.gpu.cuda import Gpu
+
+__all__ = ["Gpu", "count", "open_gpu", "why_not"]
+
+
+def count() -> int:
+    """GPUs that torch sees in this process."""
+    return torch.cuda.device_count()
+
+
+def why_not() -> str:
+    """Why this process can use no GPU, "" where it can. Local."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not a CUDA build"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    try:
+        import cupy  # noqa: F401
+    except ImportError as error:
+        extra = f"cuda{torch.version.cuda.split('.')[0]}"
+        return f"CuPy cannot be imported ({error}): pip install 'mpicdsgd[{extra}]'"
+    return ""
+
+
+def open_gpu(index: int) -> Gpu:
+    """GPU ``index`` of those that this process sees. Local; waits for the driver."""
+    return Gpu(index)
