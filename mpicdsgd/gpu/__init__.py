@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from mpicdsgd.gpu.cuda import Gpu
@@ -28,6 +30,7 @@ def why_not() -> str:
     return ""
 
 
+@cache
 def open_gpu(index: int) -> Gpu:
-    """GPU ``index`` of those that this process sees. Local; waits for the driver."""
+    """GPU ``index`` of those that this process sees, always the same. Local; may wait."""
     return Gpu(index)

@@ -52,7 +52,8 @@ class Gpu:
     def prepare(self) -> None:
         """Load the kernels, compiling them where nobody has yet. Waits."""
         self._cuda()
-        self._function = kernels.load()
+        if self._function is None:
+            self._function = kernels.load()
 
     def stream(self) -> int:
         """Torch's current stream."""

@@ -108,7 +108,6 @@ class Layouts:
             if room:
                 self._gpu.free(memory)
             self._near = memory, room = self._gpu.malloc(12 * degree), degree
-            self._near_now = None
         table = memory, memory + 8 * room
         near = np.array(addresses, np.uint64)
         content = near.tobytes() + weights.tobytes()

@@ -238,7 +238,7 @@ def test_state_goes_on_bit_by_bit(comm: MPI.Intracomm, device: str, kind: str) -
 
 
 @on_all_devices
-def test_channels_last_and_compiled(comm: MPI.Intracomm, device: str) -> None:
+def test_channels_last(comm: MPI.Intracomm, device: str) -> None:
     """Gradients whose memory format is not the parameter's are read right."""
     agents = agents_with(comm, "ring", device)
 
@@ -264,6 +264,44 @@ def test_channels_last_and_compiled(comm: MPI.Intracomm, device: str) -> None:
     assert np.array_equal(a, b)
     for opt in opts:
         opt.close()
+
+
+@on_all_devices
+def test_a_compiled_model(comm: MPI.Intracomm, device: str) -> None:
+    """The compiled code must see the arena's values of every step."""
+    if comm.size > 2:
+        pytest.skip("compiling on many ranks takes long and shows nothing more")
+    agents = agents_with(comm, "ring", device)
+    (net, opt), (other, plain) = optimizer(agents, "nesterov"), optimizer(agents, "nesterov")
+    compiled = torch.compile(net, backend="inductor" if device == "cuda" else "aot_eager")
+    for k in range(4):
+        opt.zero_grad()
+        y = compiled(net.inputs[k % 3])
+        ((y - net.targets[k % 3]) ** 2).sum().div(12).backward()
+        opt.step()
+        train(plain, other, 1, start=k)
+    assert relative(opt.x, plain.x) <= 1e-5
+    opt.close()
+    plain.close()
+
+
+@on_all_devices
+def test_autocast(comm: MPI.Intracomm, device: str) -> None:
+    """Computing in bfloat16 gives float32 gradients; the step is Pi X - lr G all the same."""
+    agents = agents_with(comm, "ring", device)
+    net, opt = optimizer(agents, "cdsgd")
+    for k in range(3):
+        opt.zero_grad()
+        with torch.autocast(agents.device.type, dtype=torch.bfloat16):
+            assert (net.inputs[0] @ net.W1.T).dtype == torch.bfloat16
+            loss = net.loss(k)
+        loss.backward()
+        X = gather(comm, np.array(opt.x))
+        gradients = [p.grad.cpu() for p in net.parameters()]  # type: ignore[union-attr]
+        G = padded(opt, gather(comm, flatten(gradients)))
+        opt.step()
+        assert relative(gather(comm, opt.x), agents.mixing.Pi @ X - 0.05 * G) <= 1e-6
+    opt.close()
 
 
 @on_devices
