@@ -10,8 +10,6 @@ stores. Bytes are those that no implementation can avoid: (degree + 6) * 4 per p
 
 import argparse
 import ctypes
-import json
-import platform
 import shutil
 import statistics
 import subprocess
@@ -20,17 +18,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import common
 import numpy as np
 import torch
+from common import ALPHA, MU, Seconds, spread
 
 from mpicdsgd import native
 
 HERE = Path(__file__).parent
 DEGREES = (0, 1, 2, 3, 4, 6, 8, 9, 12, 16)
 COMPARED = (2, 4, 8)  # degrees at which NumPy and torch run too: they are slow
-ALPHA, MU = 0.01, 0.9
 
 
 def aligned(size: int) -> np.ndarray:
@@ -87,14 +85,8 @@ def numpy_plain(b: Buffers, degree: int) -> None:
 
 
 def torch_in_place(b: Buffers, degree: int) -> None:
-    x, v, g, p = (torch.from_numpy(a) for a in (b.x, b.v, b.g, b.p))
-    w = 1 / (degree + 1)
-    v.mul_(MU).add_(g, alpha=-ALPHA)
-    x.mul_(1 - degree * w)
-    for near in b.near[:degree]:
-        x.add_(torch.from_numpy(near), alpha=w)
-    x.add_(v, alpha=MU).add_(g, alpha=-ALPHA)
-    p.copy_(x)
+    x, v, g, p, *near = (torch.from_numpy(a) for a in (b.x, b.v, b.g, b.p, *b.near[:degree]))
+    common.torch_in_place(x, v, g, p, near)
 
 
 def torch_foreach(b: Buffers, degree: int) -> None:
@@ -102,18 +94,7 @@ def torch_foreach(b: Buffers, degree: int) -> None:
     x, v, g, p, *near = (
         list(torch.from_numpy(a).tensor_split(64)) for a in (b.x, b.v, b.g, b.p, *b.near[:degree])
     )
-    w = 1 / (degree + 1)
-    torch._foreach_mul_(v, MU)
-    torch._foreach_add_(v, g, alpha=-ALPHA)
-    torch._foreach_mul_(x, 1 - degree * w)
-    for one in near:
-        torch._foreach_add_(x, one, alpha=w)
-    torch._foreach_add_(x, v, alpha=MU)
-    torch._foreach_add_(x, g, alpha=-ALPHA)
-    torch._foreach_copy_(p, x)
-
-
-Seconds = dict[str, list[float]]
+    common.torch_foreach(x, v, g, p, near)
 
 
 def measure(
@@ -136,32 +117,6 @@ def measure(
                 yardstick[name].append(triad_s)
                 seconds[name].append(job_s)
     return seconds, yardstick
-
-
-def provenance(size: int, rounds: int, threads: int) -> dict[str, Any]:
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=HERE, capture_output=True, text=True, check=False
-        )
-        return done.stdout.strip()
-
-    cpu = [s for s in Path("/proc/cpuinfo").read_text().splitlines() if s.startswith("model name")]
-    return {
-        "cpu": cpu[0].split(":")[1].strip() if cpu else platform.processor(),
-        "cores": len(cpu),
-        "host": platform.node(),
-        "versions": {
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "torch": torch.__version__,
-        },
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": git("status", "--porcelain") != "",
-        "kernel": {"backend": native.backend, "isa": native.isa},
-        "parameters": size,
-        "rounds": rounds,
-        "threads": threads,
-    }
 
 
 def main() -> int:
@@ -205,15 +160,13 @@ def main() -> int:
         return statistics.median(names[name] / t / (12 * size / t0) for t, t0 in pairs)
 
     def speedup(other: str, degree: int) -> float:
-        pairs = zip(seconds[f"{other}, degree {degree}"], seconds[f"fused, degree {degree}"],
-                    strict=True)  # fmt: skip
-        return statistics.median(slow / fast for slow, fast in pairs)
+        return common.ratio(
+            seconds[f"{other}, degree {degree}"], seconds[f"fused, degree {degree}"]
+        )
 
     results = {
         name: {
-            "median_s": statistics.median(t),
-            "min_s": min(t),
-            "max_s": max(t),
+            **spread(t),
             "gb_per_s": names[name] / statistics.median(t) / 1e9,
             "of_triad": fraction(name),
         }
@@ -222,7 +175,7 @@ def main() -> int:
     checks = []
 
     def check(name: str, value: float, goal: float) -> None:
-        checks.append({"name": name, "value": value, "goal": goal, "holds": value >= goal})
+        checks.append(common.check(name, value, goal))
 
     for degree in DEGREES:
         check(f"fraction of the triad, degree {degree}", fraction(f"fused, degree {degree}"), 0.9)
@@ -231,18 +184,22 @@ def main() -> int:
         for way in ("torch in place", "torch foreach"):
             check(f"times {way}, degree {degree}", speedup(way, degree), 1.8)
 
-    record = {**provenance(size, rounds, args.threads), "results": results, "checks": checks}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    record = {
+        **common.provenance(),
+        "kernel": {"backend": native.backend, "isa": native.isa},
+        "parameters": size,
+        "rounds": rounds,
+        "threads": args.threads,
+        "results": results,
+        "checks": checks,
+    }
+    common.write(record, args.out)
     print(f"{record['cpu']}, {size:,} parameters, {args.threads} thread(s), {native.isa}")
     for name, row in results.items():
         print(f"  {name:28} {row['median_s'] * 1e3:8.1f} ms  "
               f"({row['min_s'] * 1e3:.1f} to {row['max_s'] * 1e3:.1f})  "
               f"{row['gb_per_s']:6.1f} GB/s  {row['of_triad']:5.2f} of the triad")  # fmt: skip
-    print("checks:")
-    for c in checks:
-        mark = "holds" if c["holds"] else "FAILS"
-        print(f"  {mark}  {c['name']:36} {c['value']:6.2f}  (goal {c['goal']})")
+    common.print_checks(checks)
     return 0
 
 

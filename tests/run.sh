@@ -9,7 +9,7 @@ export OMP_NUM_THREADS=1 # several ranks share few cores
 ruff check .
 ruff format --check .
 mypy
-shellcheck jobs/*.sh tests/*.sh .ci/run
+shellcheck jobs/*.sh tests/*.sh bench/*.sh .ci/run
 
 python -m pytest tests/unit "$@"
 for ranks in 1 2 4 5; do
