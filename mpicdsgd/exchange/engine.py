@@ -73,7 +73,7 @@ class Exchange:
         self._step = 0
         self._under_way = False
         self._closed = False
-        self.before_closing: Callable[[], None] = lambda: None
+        self.before_closing: Callable[[], None] = _nothing
         shutdown.watch(self)
 
     @property
@@ -174,6 +174,7 @@ class Exchange:
             return
         self._closed = True
         self.before_closing()
+        self.before_closing = _nothing  # it refers to who refers to this: memory is given back now
         if self._found:  # after the last post
             self.fault = min(self.fault, self._own_fault(self._step))
         everybody_closes = self._all.Ibarrier()
@@ -296,3 +297,7 @@ class Exchange:
             f"agent {self._rank} waited {self._timeout_s:g} s after step {self._step}: {who}; "
             "exchange.timeout_s sets the limit"
         )
+
+
+def _nothing() -> None:
+    pass
