@@ -107,7 +107,8 @@ reason=$(python -c 'from mpicdsgd import gpu; print(gpu.why_not())')
 if [ -z "$has_gpu$reason" ]; then reason="torch finds no GPU"; fi
 
 # pyproject.toml sets a limit for each test, which is a plugin's.
-pytest=(python -m pytest -c "$repo/pyproject.toml" -p no:cacheprovider -q -m gpu
+# Other versions of torch and NumPy may warn of what those that the tests were written with do not.
+pytest=(python -m pytest -c "$repo/pyproject.toml" -p no:cacheprovider -q -m gpu -W default
     -o timeout=100 -o faulthandler_timeout=60 -p)
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 if python -c 'import pytest_timeout' 2>/dev/null; then

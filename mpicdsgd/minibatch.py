@@ -77,7 +77,7 @@ def _step_unless(optimizer: AgentOptimizer, bad: Tensor) -> None:
     By the attributes through which `torch.amp.GradScaler` says that it found an overflow.
     """
     optimizer.skipped_means_fault = True
-    optimizer.found_inf = bad.to(optimizer.agents.device, torch.float32).reshape(1)
+    optimizer.found_inf = bad.to(optimizer.agents.device, torch.float32).reshape(())
     optimizer.grad_scale = None
     try:
         optimizer.step()

@@ -66,7 +66,7 @@ class Stepper:
         self._scratch = torch.empty_like(arena.flat) if rounds > 1 else None
         self._rank, self._rounds, self._debug = agents.rank, rounds, debug
         self._weights = np.array(agents.weights, dtype=np.float32)
-        self._update = make_update(agents, config.wire)
+        self._update = make_update(agents, config.wire, config.timeout_s)
         self._outcomes: deque[tuple[int, Outcome]] = deque()
         self._checksum = 0
         self.exchange.before_closing = self.settle

@@ -63,11 +63,11 @@ class Update(Protocol):
         """Wait for all passes and give back what they used. Outcomes remain readable."""
 
 
-def make_update(agents: Agents, wire: str) -> Update:
-    """The update for the device of ``agents``. Local."""
+def make_update(agents: Agents, wire: str, timeout_s: float) -> Update:
+    """The update for the device of ``agents``; ``timeout_s``: how long to wait for it. Local."""
     if agents.gpu is None:
         return HostUpdate(wire)
-    return DeviceUpdate(agents.gpu, wire)
+    return DeviceUpdate(agents.gpu, wire, timeout_s)
 
 
 class HostOutcome:

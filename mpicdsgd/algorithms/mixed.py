@@ -129,6 +129,8 @@ class Mixed(AgentOptimizer):
                 # As torch keeps them: the count of steps on the host, for most optimizers.
                 if name != "step" or self._counts_on_device(parameter):
                     values = values.to(parameter.device)
+                    if values.shape == parameter.shape:  # in its memory format, as torch has it
+                        values = torch.empty_like(parameter).copy_(values)
                 self.optimizer.state[parameter][name] = values
         super().load_arrays(steps, arrays)
 

@@ -20,7 +20,7 @@ from mpicdsgd.exchange.errors import (
     OutOfStep,
 )
 from mpicdsgd.exchange.header import Fault, Reason
-from mpicdsgd.exchange.neighbor import HostCarrier
+from mpicdsgd.exchange.hosting import open_host_carrier
 from mpicdsgd.exchange.routing import PREFETCH, TRANSPORTS, open_device_carrier
 
 __all__ = [
@@ -42,7 +42,7 @@ __all__ = [
 class ExchangeConfig:
     """Section ``[exchange]`` of a run's config."""
 
-    transport: str = "auto"  # on GPUs also "direct", "neighbor", "staged": see `routing`
+    transport: str = "auto"  # "direct", "neighbor", on GPUs "staged": see `hosting`, `routing`
     wire: str = "float32"
     timeout_s: float = 300.0
     prefetch: str = "auto"  # "always", "never": fetch direct neighbours' values from other GPUs
@@ -61,10 +61,10 @@ def open_exchange(agents: Agents, size: int, config: ExchangeConfig) -> Exchange
                 f"exchange.transport must be one of {', '.join(TRANSPORTS)}, "
                 f'got "{config.transport}"'
             )
-        if agents.gpu is None and config.transport not in ("auto", "neighbor"):
+        if agents.gpu is None and config.transport == "staged":
             raise UserError(
                 f'exchange.transport = "{config.transport}" is for GPUs, and these agents are on '
-                'the CPU: use "auto" or "neighbor"'
+                'the CPU: use "auto", "direct" or "neighbor"'
             )
         if config.prefetch not in PREFETCH:
             raise UserError(
@@ -79,7 +79,7 @@ def open_exchange(agents: Agents, size: int, config: ExchangeConfig) -> Exchange
     agents.require_same("the exchange's buffers", f"{size} elements of {config.wire}")
     agents.require_same("exchange.transport", f"{config.transport} {config.prefetch}")
     carrier: Carrier = (
-        HostCarrier(agents, size, config.wire)
+        open_host_carrier(agents, size, config.wire, config.transport)
         if agents.gpu is None
         else open_device_carrier(
             agents, agents.gpu, size, config.wire, config.transport, config.prefetch

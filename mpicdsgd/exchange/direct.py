@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from mpicdsgd.exchange.device import Published
+from mpicdsgd.exchange.device import DevicePublished
 from mpicdsgd.gpu import Gpu
 
 
@@ -22,7 +22,7 @@ class Imported:
 
 
 class DirectRoute:
-    """See the module, and `device.Route`.
+    """See the module, and `tokens.Route`.
 
     Args:
         published: this agent's own, whose layout is all agents'.
@@ -34,7 +34,7 @@ class DirectRoute:
     def __init__(
         self,
         gpu: Gpu,
-        published: Published,
+        published: DevicePublished,
         sources: tuple[int, ...],
         peers: Mapping[int, Imported],
         prefetched: Collection[int],
@@ -61,7 +61,8 @@ class DirectRoute:
             self._fetching = True
         return told
 
-    def take(self, post: int, stream: int) -> list[int]:
+    def take(self, post: int) -> list[int]:
+        stream = self._published.stream
         for peer in self._peers.values():
             self._gpu.wait(stream, peer.events[post % 2])
         for event in self._copied.values():

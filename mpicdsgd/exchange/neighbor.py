@@ -88,7 +88,7 @@ class HostCarrier:
         self.previous = self.published
         self._neighbours = [slot[payload].view(dtype) for slot in slots]
         self.bytes_per_post = slot_bytes * len(agents.destinations)
-        self.edges = [Edge(source, "neighbor", "messages on the host") for source in agents.sources]
+        self.edges = [Edge(source, "neighbor", "by messages") for source in agents.sources]
         self._request: MPI.Request | None = None
 
     def start(self) -> None:

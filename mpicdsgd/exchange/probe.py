@@ -8,9 +8,11 @@ module's `main`, alone in an MPI job of one, sends itself device memory by the v
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
+from functools import cache
 
 import numpy as np
 from mpi4py import MPI
@@ -19,10 +21,10 @@ from numpy.typing import NDArray
 from mpicdsgd import gpu as gpus
 from mpicdsgd.agents import Agents
 from mpicdsgd.agreement import collect, wait_for
-from mpicdsgd.exchange.device import peers_of
 from mpicdsgd.exchange.header import HEADER_BYTES
 from mpicdsgd.exchange.neighbor import Blocks
 from mpicdsgd.exchange.staged import device_buffer
+from mpicdsgd.exchange.tokens import peers_of
 from mpicdsgd.gpu import Gpu
 
 _SIZES = (HEADER_BYTES, 4 << 20)  # one that MPI sends at once, one that it negotiates
@@ -44,8 +46,13 @@ def why_not(agents: Agents, gpu: Gpu) -> str:
 
 def _alone(index: int) -> str:
     """Why a process of its own could not do it on GPU ``index``. Local."""
+    return _tried((*_COMMAND, str(index)))
+
+
+@cache
+def _tried(command: tuple[str, ...]) -> str:
+    """Why ``command`` did not succeed; once for all exchanges, as it takes seconds. Local."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHERS)}
-    command = [*_COMMAND, str(index)]
     try:
         done = subprocess.run(
             command, env=env, capture_output=True, text=True, timeout=_ALONE_S, check=False
@@ -104,6 +111,7 @@ def _pattern(rank: int, size: int) -> NDArray[np.uint8]:
 
 def main() -> int:
     """What `_alone` runs: exit code 0 where it works, else a last line that says why not."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it may well die
     reason = gpus.why_not()
     if reason:
         print(reason, file=sys.stderr)

@@ -17,9 +17,10 @@ from mpicdsgd.agents import Agents
 from mpicdsgd.errors import UserError
 from mpicdsgd.exchange import probe
 from mpicdsgd.exchange.carrier import Edge
-from mpicdsgd.exchange.device import DeviceCarrier, Published, Route, peers_of
+from mpicdsgd.exchange.device import DevicePublished, Handles
 from mpicdsgd.exchange.direct import DirectRoute, Imported, release
 from mpicdsgd.exchange.staged import CHUNK_BYTES, MessageRoute, StagedRoute
+from mpicdsgd.exchange.tokens import Route, TokenCarrier, peers_of
 from mpicdsgd.gpu import Gpu
 
 log = logging.getLogger("mpicdsgd")
@@ -37,8 +38,8 @@ class _Offer:
 
     node: int
     card: str
-    memory: bytes
-    events: tuple[bytes, bytes]
+    handles: Handles | None
+    refused: str
 
 
 def open_device_carrier(
@@ -49,7 +50,7 @@ def open_device_carrier(
     transport: str,
     prefetch: str,
     chunk_bytes: int = CHUNK_BYTES,
-) -> DeviceCarrier:
+) -> TokenCarrier:
     """The carrier with a route for every edge. Collective over the agents.
 
     Args:
@@ -60,9 +61,15 @@ def open_device_carrier(
     Raises:
         UserError: on every rank, where a forced transport cannot serve an edge.
     """
-    published = Published(gpu, size, wire)
-    events = tuple(gpu.export_event(event) for event in published.events)
-    offer = _Offer(agents.node, gpu.identity, gpu.export_memory(published.memory), events)  # type: ignore[arg-type]
+    with agents.agreement("the GPU's memory"):
+        try:
+            shared = transport in ("auto", "direct")
+            published = DevicePublished(gpu, size, wire, shared=shared)
+        except Exception as failure:
+            raise UserError(
+                f"agent {agents.rank}'s GPU has no memory for the published buffers ({failure})"
+            ) from failure
+    offer = _Offer(agents.node, gpu.identity, published.handles, published.refused)
     offers: list[_Offer] = agents.comm.allgather(offer)
     imports, failures = _import(agents, gpu, offers, transport)
     reached: list[frozenset[int]] = agents.comm.allgather(frozenset(imports))
@@ -71,7 +78,8 @@ def open_device_carrier(
         if offers[source].node != offers[reader].node:
             return "on another node"
         if source not in reached[reader] or reader not in reached[source]:
-            return failures.get(source) or failures.get(reader) or "agent's memory not importable"
+            other = "the other end could not import this one's"
+            return failures.get(source) or failures.get(reader) or other
         return ""
 
     everywhere = [(s, r) for r in range(agents.size) for s in agents.graph.sources[r]]
@@ -121,7 +129,7 @@ def open_device_carrier(
             asked = why_not_direct(source, me) if transport == "auto" else "asked for"
             way = "neighbor" if by_message else "staged"
             edges.append(Edge(source, way, f"{asked}; {refused}" if refused else asked))
-    carrier = DeviceCarrier(agents, gpu, published, routes, edges)
+    carrier = TokenCarrier(agents, published, routes, edges)
     _say(agents, edges)
     return carrier
 
@@ -137,10 +145,14 @@ def _import(
             offer = offers[peer]
             if offer.node != agents.node:
                 continue
-            memory, events = 0, []
+            memory: int = 0
+            events: list[int] = []
             try:
-                memory = gpu.import_memory(offer.memory) if peer in agents.sources else 0
-                for handle in offer.events:
+                if offer.handles is None:
+                    raise RuntimeError(offer.refused)
+                if peer in agents.sources:
+                    memory = gpu.import_memory(offer.handles.memory)
+                for handle in offer.handles.events:
                     events.append(gpu.import_event(handle))
                 imports[peer] = Imported(memory, tuple(events))
             except Exception as error:  # whatever CUDA says, there is another way
@@ -152,7 +164,7 @@ def _import(
 def _speeds(
     agents: Agents,
     gpu: Gpu,
-    published: Published,
+    published: DevicePublished,
     peers: Mapping[int, Imported],
     sources: tuple[int, ...],
     offers: list[_Offer],

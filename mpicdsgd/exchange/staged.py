@@ -12,7 +12,7 @@ from typing import Any
 
 from mpi4py import MPI
 
-from mpicdsgd.exchange.device import Published
+from mpicdsgd.exchange.device import DevicePublished
 from mpicdsgd.exchange.header import HEADER_BYTES
 from mpicdsgd.exchange.neighbor import Blocks
 from mpicdsgd.gpu import Gpu
@@ -21,7 +21,7 @@ CHUNK_BYTES = 4 << 20
 
 
 class StagedRoute:
-    """See the module, and `device.Route`. Making one, and `free`, are collective over ``comm``.
+    """See the module, and `tokens.Route`. Making one, and `free`, are collective over ``comm``.
 
     A chunk is posted only when its copy to the host is done, and that copy follows the last pass
     and the copies to the device of the post before: so the receive buffer and its copy on the
@@ -38,7 +38,7 @@ class StagedRoute:
         self,
         gpu: Gpu,
         comm: MPI.Intracomm,
-        published: Published,
+        published: DevicePublished,
         sources: Sequence[int],
         destinations: Sequence[int],
         chunk_bytes: int = CHUNK_BYTES,
@@ -89,9 +89,9 @@ class StagedRoute:
                 self._gpu.record(self._here, self._up)
         return self._arrived == len(self._chunks)
 
-    def take(self, post: int, stream: int) -> list[int]:
+    def take(self, post: int) -> list[int]:
         if self._chunks:
-            self._gpu.wait(stream, self._here)
+            self._gpu.wait(self._published.stream, self._here)
         size = self._published.size_bytes
         return [self._memory + i * size for i in range(len(self.sources))]
 
@@ -126,7 +126,7 @@ class MessageRoute:
         self,
         gpu: Gpu,
         comm: MPI.Intracomm,
-        published: Published,
+        published: DevicePublished,
         sources: Sequence[int],
         destinations: Sequence[int],
     ) -> None:
@@ -149,7 +149,7 @@ class MessageRoute:
             self._request = self._blocks.start(send, self._receive, size // HEADER_BYTES)
         return self._request is not None and self._request.Test()
 
-    def take(self, post: int, stream: int) -> list[int]:
+    def take(self, post: int) -> list[int]:
         size = self._published.size_bytes
         return [self._memory + i * size for i in range(len(self.sources))]
 

@@ -22,11 +22,15 @@ def why_not() -> str:
         return f"torch {torch.__version__} is not a CUDA build"
     if not torch.cuda.is_available():
         return "torch finds no GPU"
+    extra = f"cuda{torch.version.cuda.split('.')[0]}"
     try:
-        import cupy  # noqa: F401
-    except ImportError as error:
-        extra = f"cuda{torch.version.cuda.split('.')[0]}"
+        from cupy.cuda import runtime
+    except Exception as error:  # a broken install raises anything
         return f"CuPy cannot be imported ({error}): pip install 'mpicdsgd[{extra}]'"
+    try:
+        runtime.getDeviceCount()
+    except Exception as error:
+        return f"CuPy finds no GPU ({error}): it must be for torch's CUDA, 'mpicdsgd[{extra}]'"
     return ""
 
 

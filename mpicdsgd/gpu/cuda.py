@@ -74,7 +74,13 @@ class Gpu:
         """Zeroed device memory of its own allocation, which other processes may import. Waits."""
         runtime = self._cuda()
         rounded = -(-max(size_bytes, 1) // _GRANULE) * _GRANULE
-        address = int(runtime.malloc(rounded))
+        try:
+            address = int(runtime.malloc(rounded))
+        except runtime.CUDARuntimeError as error:
+            if error.status != _NO_MEMORY:
+                raise
+            torch.cuda.empty_cache()  # torch keeps what it freed
+            address = int(runtime.malloc(rounded))
         runtime.memset(address, 0, rounded)
         runtime.deviceSynchronize()  # streams that do not block would not wait for the memset
         return address
@@ -173,4 +179,5 @@ class Gpu:
         return self._runtime
 
 
+_NO_MEMORY = 2  # cudaErrorMemoryAllocation
 _NOT_READY = 600  # cudaErrorNotReady

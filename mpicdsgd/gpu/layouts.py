@@ -116,6 +116,12 @@ class Layouts:
         self._near_now = content
         return table, [Table(table[0], near), Table(table[1], weights)]
 
+    def forget(self) -> None:
+        """What was to be uploaded was not: make all anew at the next use."""
+        for key in list(self._kept):
+            self._free(key)
+        self._near_now = None
+
     def close(self) -> None:
         for key in list(self._kept):
             self._free(key)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mpicdsgd.agreement import TIMEOUT_S, Patience
 from mpicdsgd.gpu.cuda import Gpu
 from mpicdsgd.gpu.layouts import Layouts, Table
 from mpicdsgd.native.reference import WIRES
@@ -48,16 +49,35 @@ class Partials(ctypes.Structure):
 class Outcome:
     """What became of a pass. Each method waits for it. Local."""
 
-    def __init__(self, gpu: Gpu, event: int, memory: NDArray[np.uint8], disagreement: bool) -> None:
+    def __init__(
+        self,
+        gpu: Gpu,
+        event: int,
+        memory: NDArray[np.uint8],
+        disagreement: bool,
+        timeout_s: float,
+    ) -> None:
         self._gpu, self._event, self._memory = gpu, event, memory
+        self._timeout_s = timeout_s
         self._asked = disagreement
         self._flags: tuple[bool, bool] | None = None
         self._disagreement = float("nan")
 
     def wait(self) -> None:
-        """Wait for the pass, and keep what it left before the next one gets the memory."""
+        """Wait for the pass, and keep what it left before the next one gets the memory.
+
+        Raises:
+            TimeoutError: after ``timeout_s``. A pass may wait for the GPU work of a neighbour that
+                was killed, which never ends.
+        """
         if self._flags is None:
-            self._gpu.synchronize(self._event)
+            patience = Patience(self._timeout_s)
+            while not self._gpu.done(self._event):
+                if not patience.pause():
+                    raise TimeoutError(
+                        f"the GPU did not finish a step within {self._timeout_s:g} s: did a "
+                        "neighbour end? exchange.timeout_s sets the limit"
+                    )
             bad, overflow = self._memory[:8].view(np.uint32)
             self._flags = bad == 0, overflow != 0
             self._disagreement = float(self._memory[8:16].view(np.float64)[0])
@@ -130,6 +150,7 @@ class DeviceUpdate:
     Args:
         gpu: the GPU that everything lies on.
         wire: float32, bfloat16 or float16.
+        timeout_s: how long an outcome is waited for, in seconds.
 
     Raises:
         ValueError: for an unknown wire.
@@ -137,10 +158,10 @@ class DeviceUpdate:
 
     lag = LAG
 
-    def __init__(self, gpu: Gpu, wire: str) -> None:
+    def __init__(self, gpu: Gpu, wire: str, timeout_s: float = TIMEOUT_S) -> None:
         if wire not in WIRES:
             raise ValueError(f"wire: float32, bfloat16 or float16, got {wire!r}")
-        self._gpu, self._wire = gpu, wire
+        self._gpu, self._wire, self._timeout_s = gpu, wire, timeout_s
         self._wire_bytes = np.dtype(WIRES[wire]).itemsize
         self._results = gpu.pinned(64 * SLOTS)
         self._slots = [_Slot(gpu, part) for part in self._results.reshape(SLOTS, 64)]
@@ -198,17 +219,21 @@ class DeviceUpdate:
         stream = self._gpu.stream()
         slot = self._slots[self._turn]
         slot.reuse()
-        layout, tables = self._layouts.find(segments, size, bool(address["q"]))
         degree = len(neighbours)
         general = degree > MOST or disagreement
         table = (0, 0)
-        if general and degree:
-            table, more = self._layouts.neighbours(neighbours, weights)
-            tables += more
-        if self._last is not None and self._last[0] != stream:
-            self._gpu.wait(stream, self._last[1])
-        if tables:
-            slot.upload(tables, stream)
+        try:
+            layout, tables = self._layouts.find(segments, size, bool(address["q"]))
+            if general and degree:
+                table, more = self._layouts.neighbours(neighbours, weights)
+                tables += more
+            if self._last is not None and self._last[0] != stream:
+                self._gpu.wait(stream, self._last[1])
+            if tables:
+                slot.upload(tables, stream)
+        except BaseException:
+            self._layouts.forget()
+            raise
 
         a = Arguments(
             **address, **scalars, segments=layout.segments, tiles=layout.tiles,
@@ -225,7 +250,7 @@ class DeviceUpdate:
             sums = Partials(layout.partial, layout.blocks, slot.results.ctypes.data + 8)
             self._gpu.launch("add_partials", 1, THREADS, sums, stream)
         self._gpu.record(slot.event, stream)
-        slot.outcome = Outcome(self._gpu, slot.event, slot.results, disagreement)
+        slot.outcome = Outcome(self._gpu, slot.event, slot.results, disagreement, self._timeout_s)
         self._last = stream, slot.event
         self._turn = (self._turn + 1) % SLOTS
         return slot.outcome

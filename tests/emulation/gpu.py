@@ -69,6 +69,7 @@ class EmulatedGpu:
         seed: of the pauses; None: none.
         card: what `identity` is to be.
         importable: False makes every import fail, as between isolated containers.
+        exportable: what can be made for other processes: "event", "memory", or both.
         slow: seconds that a copy of imported memory takes for each byte, to look like a link.
     """
 
@@ -82,10 +83,12 @@ class EmulatedGpu:
         seed: int | None = None,
         card: str = "card 0",
         importable: bool = True,
+        exportable: str = "event memory",
         slow: float = 0.0,
     ) -> None:
         self.identity = card
         self._importable, self._slow = importable, slow
+        self._exportable = exportable
         self._random = None if seed is None else random.Random(seed)
         _sweep()
         self._files = (_FOLDER / f"mpicdsgd-test-{os.getpid()}-{id(self)}-{i}" for i in count())
@@ -173,6 +176,8 @@ class EmulatedGpu:
     # Events
 
     def event(self, *, shared: bool = False, timing: bool = False) -> int:
+        if shared and "event" not in self._exportable:
+            raise RuntimeError("not supported (emulated)")
         handle = next(self._handles)
         self._events[handle] = Event(Shared(next(self._files), 16))
         return handle
@@ -216,6 +221,8 @@ class EmulatedGpu:
     # Other processes
 
     def export_memory(self, address: int) -> bytes:
+        if "memory" not in self._exportable:
+            raise RuntimeError("not supported (emulated)")
         return bytes(self._memory[address].path)
 
     def import_memory(self, handle: bytes) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from mpi4py import MPI
 
-from mpicdsgd import shutdown
+from mpicdsgd import gpu, shutdown
 
 
 def pytest_report_header() -> str:
@@ -31,6 +31,14 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         text = f"\n[rank {MPI.COMM_WORLD.rank}] {report.nodeid} ({report.when}):\n"
         sys.__stderr__.write(f"{text}{report.longreprtext}\n{report.capstderr}\n")
         shutdown.abort(1)
+
+
+@pytest.fixture(autouse=True)
+def host_tests_use_no_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not marked `gpu` is about the host, also where there is one."""
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(gpu, "why_not", lambda: "this test is about the host")
+        monkeypatch.setattr(gpu, "count", lambda: 0)
 
 
 @pytest.fixture

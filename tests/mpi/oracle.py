@@ -242,11 +242,13 @@ def make_agents(
 ) -> Agents:
     """Agents on a graph, skipping where it cannot be. Collective; made once, but for options."""
     Pi = matrix(comm.size, topology, mixing)
-    if options:
+    options.setdefault("device", "cpu")
+    if options != {"device": "cpu"}:
         return Agents(comm, Pi, **options)
     key = (comm.size, topology, mixing)
     if key not in _made:
-        _made[key] = Agents(MPI.COMM_WORLD if comm.size > 1 else MPI.COMM_SELF, Pi)
+        world = MPI.COMM_WORLD if comm.size > 1 else MPI.COMM_SELF
+        _made[key] = Agents(world, Pi, device="cpu")
     return _made[key]
 
 
@@ -270,6 +272,8 @@ def of_kind(kind: str, parameters: Any, agents: Agents, **options: Any) -> Any:
         return CDSGD(parameters, lr=0.05, agents=agents, **options)
     if kind == "adamw":
         return Mixed(torch.optim.AdamW(parameters, lr=0.01), agents, **options)
+    if kind == "fused":
+        return Mixed(torch.optim.AdamW(parameters, lr=0.01, fused=True), agents, **options)
     nesterov: Any = True if kind == "nesterov" else kind
     return CDMSGD(parameters, lr=0.05, momentum=0.9, nesterov=nesterov, agents=agents, **options)
 

@@ -162,6 +162,36 @@ def test_where_memory_cannot_be_imported(
     end(exchange, agents, 4)
 
 
+def test_where_memory_cannot_be_exported(
+    comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in some virtual machines: everything is staged, for the reason that CUDA gives."""
+    monkeypatch.setattr(probe, "_alone", lambda index: "this MPI does not")
+    for first in ("event", "memory"):
+        agents = agents_with(comm, "ring", exportable="" if first == "event" else "event")
+        exchange = open_on(agents)
+        for edge in exchange.edges:
+            assert edge.transport == "staged"
+            assert "CUDA IPC is refused here (not supported (emulated))" in edge.why
+        run_ahead(exchange, agents, 3)
+        end(exchange, agents, 3)
+        agents = agents_with(comm, "ring", exportable="")
+        exchange = open_on(agents, "staged")  # which needs none of it
+        end(exchange, agents, 0)
+
+
+def test_a_gpu_without_memory(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> None:
+    agents = agents_with(comm, "ring")
+    if comm.rank == comm.size - 1:
+
+        def fail(size: int) -> int:
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(agents.gpu, "malloc", fail)
+    with pytest.raises(UserError, match=f"agent {comm.size - 1}'s GPU has no memory"):
+        open_on(agents)
+
+
 def test_a_transport_that_cannot_be_forced(
     comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,7 +314,7 @@ def test_chunks_are_all_that_is_sent() -> None:
     comm = MPI.COMM_SELF
     agents = agents_with(comm, "ring")
     gpu: Any = agents.gpu
-    published = routing.Published(gpu, 1000, "float32")
+    published = routing.DevicePublished(gpu, 1000, "float32", shared=False)
     route = staged.StagedRoute(gpu, comm, published, (), (), chunk_bytes=1024)
     assert route._chunks == [(0, 16), (16, 16), (32, 16), (48, 15)]
     route.free()

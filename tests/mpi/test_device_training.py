@@ -24,7 +24,7 @@ from oracle import (
     train,
 )
 
-from mpicdsgd import AgentFault, Agents, ExchangeConfig, Mixed
+from mpicdsgd import AgentFault, Agents, ExchangeConfig
 
 KINDS = ["cdsgd", "polyak", "nesterov", "look-ahead", "adamw"]
 SCALED = [*KINDS, "fused"]
@@ -34,9 +34,6 @@ def optimizer(agents: Agents, kind: str, polyak: bool = False, **options: Any) -
     net = Net(Problem(agents.size), agents.rank)
     net.inputs, net.targets = net.inputs.to(agents.device), net.targets.to(agents.device)
     net.to(agents.device)
-    if kind == "fused":
-        inner = torch.optim.AdamW(net.parameters(), lr=0.01, fused=True)
-        return net, Mixed(inner, agents, **options)
     given: Any = False if kind == "polyak" else kind
     return net, of_kind(given, net.parameters(), agents, **options)
 
@@ -69,6 +66,7 @@ def test_the_hosts_bits(
     found = []
     for place in ("host", device):
         net, opt = optimizer(agents_with(comm, "complete", place), kind, **options)
+        assert opt.arena.flat.is_cuda == (place == "cuda")
         rng = np.random.default_rng(comm.rank)
         for k in range(6):
             given_gradients(net, rng, spare=k % 7)
@@ -266,6 +264,7 @@ def test_channels_last(comm: MPI.Intracomm, device: str) -> None:
         opt.close()
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32")
 @on_all_devices
 def test_a_compiled_model(comm: MPI.Intracomm, device: str) -> None:
     """The compiled code must see the arena's values of every step."""

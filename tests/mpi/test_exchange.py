@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+import time
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,8 @@ from mpicdsgd import (
     UserError,
     from_matrix,
 )
-from mpicdsgd.exchange import Exchange, Fault, open_exchange
+from mpicdsgd.exchange import Exchange, Fault, open_exchange, shared
+from mpicdsgd.exchange.tokens import TokenCarrier
 
 GRAPHS = ["complete", "ring", "chain", "star", "torus", "hypercube", "expo", "one-way"]
 
@@ -61,21 +64,74 @@ def close(exchange: Exchange, step: int) -> None:
     exchange.close()
 
 
+@pytest.mark.parametrize("transport", ["direct", "neighbor", "both"])
 @pytest.mark.parametrize(
     ("topology", "wire"),
     [(topology, "float32") for topology in GRAPHS] + [("star", "bfloat16"), ("expo", "float16")],
 )
-def test_values_on_every_graph(comm: MPI.Intracomm, topology: str, wire: str) -> None:
+def test_values_on_every_graph(
+    comm: MPI.Intracomm, topology: str, wire: str, transport: str
+) -> None:
     agents = agents_on(comm, topology)
+    if transport == "both":  # as if two ranks shared a node
+        agents = copy.copy(agents)
+        agents.node = agents.rank // 2 * 2
+        transport = "auto"
     size = 37  # no multiple of 16
-    exchange = open_exchange(agents, size, ExchangeConfig(wire=wire))
+    exchange = open_exchange(agents, size, ExchangeConfig(wire=wire, transport=transport))
     assert exchange.published.shape == (size,)
     assert exchange.published.dtype == (np.float32 if wire == "float32" else np.uint16)
     for step in range(4):
         one_round(exchange, agents, step, size)
-    blocks = 1 + -(-size * exchange.published.itemsize // 64)
-    assert exchange.bytes_sent == 4 * 64 * blocks * len(agents.destinations)
+    for edge in exchange.edges:
+        near = transport == "direct" or edge.source // 2 == agents.rank // 2
+        assert edge.transport == ("direct" if near and transport != "neighbor" else "neighbor")
+    blocks = -(-size * exchange.published.itemsize // 64)
+    told = {*agents.sources, *agents.destinations}  # tokens go both ways
+    headers = len(told if isinstance(exchange._carrier, TokenCarrier) else agents.destinations)
+    assert exchange.bytes_sent == 4 * 64 * (headers + blocks * len(agents.destinations))
     close(exchange, 4)
+
+
+@pytest.mark.parametrize("topology", GRAPHS)
+def test_nobody_reads_what_is_being_written(comm: MPI.Intracomm, topology: str) -> None:
+    """Agents at very different speeds: what is read in place is still this step's, and whole."""
+    agents = agents_on(comm, topology)
+    size = 50_000
+    exchange = open_exchange(agents, size, ExchangeConfig(transport="direct"))
+    pauses = np.random.default_rng(comm.rank)
+    for step in range(30):
+        time.sleep(pauses.choice([0.0, 0.0, 0.002]))
+        exchange.published[:] = comm.rank * 1000 + step
+        exchange.post(step)
+        received = exchange.wait(step)
+        time.sleep(pauses.choice([0.0, 0.0, 0.002]))
+        for source, buffer in zip(agents.sources, received, strict=True):
+            assert (buffer == source * 1000 + step).all()
+    close(exchange, 30)
+
+
+def test_shared_memory_without_room(
+    comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One node has none: then all send messages, which is said; asked for, it is an error."""
+    if comm.size == 1:
+        pytest.skip("one agent needs none")
+    if comm.rank == comm.size - 1:
+        monkeypatch.setattr(shared, "_SPARE", 1e9)
+    agents = make_agents(comm)
+    exchange = open_exchange(agents, 1000, ExchangeConfig())
+    assert {edge.transport for edge in exchange.edges} == {"neighbor"}
+    if comm.rank == 0:
+        assert "/dev/shm has" in caplog.text
+    one_round(exchange, agents, 0, 1000)
+    close(exchange, 1)
+    with pytest.raises(UserError, match=r'"direct": /dev/shm has .* MB left, .*; use "auto"'):
+        open_exchange(agents, 1000, ExchangeConfig(transport="direct"))
+    apart = copy.copy(agents)
+    apart.node = agents.rank
+    with pytest.raises(UserError, match=r"are on different nodes; use"):
+        open_exchange(apart, 1000, ExchangeConfig(transport="direct"))
 
 
 @pytest.mark.parametrize("size", [0, 1, 16, 17, 1 << 18, (1 << 18) + 3])
@@ -281,7 +337,7 @@ def test_settings_on_one_rank(comm: MPI.Intracomm) -> None:
 
     refused('wire must be one of float32, bfloat16, float16, got "float8"', wire="float8")
     refused('transport must be one of auto, direct, .* got "pigeon"', transport="pigeon")
-    refused('"staged" is for GPUs, .*: use "auto" or "neighbor"', transport="staged")
+    refused('"staged" is for GPUs, .*: use "auto", "direct" or "neigh', transport="staged")
     refused("timeout_s must be positive, got 0", timeout_s=0)
     if comm.size > 1:
         refused("must be the same on all ranks", wire="bfloat16")

@@ -124,14 +124,17 @@ def test_the_first_rank_loads_first(comm: MPI.Intracomm, monkeypatch: pytest.Mon
     assert loading == (own_first if comm.rank == 0 else [step, step, step, "!"])
 
 
-@pytest.mark.skipif(gpu.why_not() == "", reason="here MPI may well take them")
+_WHY_NOT = gpu.why_not()
+
+
+@pytest.mark.skipif(_WHY_NOT == "", reason="here MPI may well take them")
 def test_alone_without_a_gpu() -> None:
     """The child process says why, and this one lives."""
     if MPI.COMM_WORLD.rank > 0:
         pytest.skip("one rank tries it for all")
     found = probe._alone(0)
     assert found.startswith("MPI does not move device memory (")
-    assert gpu.why_not() in found
+    assert _WHY_NOT in found
 
 
 def test_a_library_that_dies_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from mpicdsgd.exchange import Reason
 from mpicdsgd.measure import RunningMeans
 from mpicdsgd.minibatch import minibatch_step
 
-KINDS = ["cdsgd", "nesterov", "look-ahead", "adamw"]
+KINDS = ["cdsgd", "nesterov", "look-ahead", "adamw", "fused"]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -157,6 +157,7 @@ def test_means_go_on_after_a_checkpoint() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(bool(gpu.why_not()), reason=f"no GPU: {gpu.why_not()}")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "adamw"])
 def test_nothing_waits_for_the_gpu(comm: MPI.Intracomm, kind: str) -> None:
     agents = make_agents(comm, device="cuda")

@@ -1,0 +1,179 @@
+"""The direct route on the host: neighbours' published buffers in shared memory, read in place.
+
+The buffers lie in an MPI window that the ranks of a node allocate together; only tokens travel. A
+pass is done when its call returns, so a token that follows it needs no event, but both sides
+synchronise the window, as MPI asks, and the kernel has fenced its streaming stores.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+from mpi4py import MPI
+from numpy.typing import NDArray
+
+from mpicdsgd.agents import Agents
+from mpicdsgd.exchange.carrier import WIRE_DTYPE
+from mpicdsgd.exchange.header import HEADER_BYTES
+from mpicdsgd.exchange.neighbor import Blocks, aligned, blocks_of
+
+SHARED_MEMORY = "/dev/shm"
+_SPARE = 1.1  # of what is needed, for the MPI library's own
+
+
+class SharedPublished:
+    """See the module, and `tokens.Published`. Making one is collective over the agents.
+
+    Args:
+        size: elements D; ``wire``: their type.
+    """
+
+    def __init__(self, agents: Agents, size: int, wire: str) -> None:
+        self._dtype, self._size = np.dtype(WIRE_DTYPE[wire]), size
+        self.size_bytes = bytes_of(size, wire)
+        self._node = cast(MPI.Intracomm, agents.comm.Split(agents.node, agents.rank))
+        self._local = {rank: i for i, rank in enumerate(self._node.allgather(agents.rank))}
+        info = MPI.Info.Create()
+        # Else the segments lie one behind the other, unaligned and on the first rank's memory.
+        info.Set("alloc_shared_noncontig", "true")
+        room = 2 * self.size_bytes + HEADER_BYTES
+        self._window = MPI.Win.Allocate_shared(room, 1, info=info, comm=self._node)
+        info.Free()
+        self._window.Lock_all(MPI.MODE_NOCHECK)
+        self._mine = self._buffers(agents.rank)
+        for buffer in self._mine:
+            buffer[:] = 0  # by its owner first, so that the pages are near
+        self._window.Sync()
+        self._node.Barrier()
+
+    def buffer(self, post: int) -> NDArray[Any]:
+        return self._mine[post % 2]
+
+    def mark(self, post: int) -> None:
+        self._window.Sync()
+
+    def begin_pass(self, post: int) -> None:
+        self._window.Sync()
+
+    def of(self, agent: int) -> list[NDArray[Any]]:
+        """The two buffers of an agent on this node, shape (D,). Local."""
+        return self._buffers(agent)
+
+    def settle(self) -> None:
+        pass
+
+    def free(self) -> None:
+        self._mine = []
+        self._window.Unlock_all()
+        self._window.Free()
+        self._node.Free()
+
+    def _buffers(self, agent: int) -> list[NDArray[Any]]:
+        memory: Any = self._window.Shared_query(self._local[agent])[0]
+        raw: NDArray[np.uint8] = np.frombuffer(memory, np.uint8)
+        # Every process maps a segment at a page, so all find the same beginning.
+        start = -raw.ctypes.data % HEADER_BYTES
+        values = self._size * self._dtype.itemsize
+        starts = (start, start + self.size_bytes)
+        return [raw[i : i + values].view(self._dtype) for i in starts]
+
+
+class SharedRoute:
+    """See the module, and `tokens.Route`. Local.
+
+    Args:
+        sources: the agents on this node whose values this one reads, ascending.
+    """
+
+    def __init__(self, published: SharedPublished, sources: Sequence[int]) -> None:
+        self.sources = tuple(sources)
+        self._near = [published.of(source) for source in sources]
+
+    def start(self, post: int) -> None:
+        pass
+
+    def advance(self, post: int, told: bool) -> bool:
+        return told
+
+    def take(self, post: int) -> list[NDArray[Any]]:
+        return [buffers[post % 2] for buffers in self._near]
+
+    def settle(self) -> None:
+        pass
+
+    def release(self) -> None:
+        self._near = []
+
+    def free(self) -> None:
+        pass
+
+
+class MessageRoute:
+    """From other nodes, by messages. See `tokens.Route`; made and freed by all agents together."""
+
+    def __init__(
+        self,
+        agents: Agents,
+        published: SharedPublished,
+        sources: Sequence[int],
+        destinations: Sequence[int],
+    ) -> None:
+        self.sources = tuple(sources)
+        self._published = published
+        self._blocks = Blocks(agents.comm, sources, destinations)
+        self._receive = aligned(published.size_bytes * len(sources))
+        slots = np.split(self._receive, len(sources)) if sources else []
+        buffer = published.buffer(0)
+        self._near = [slot[: buffer.nbytes].view(buffer.dtype) for slot in slots]
+        self._request: MPI.Request | None = None
+
+    def start(self, post: int) -> None:
+        count = self._published.size_bytes // HEADER_BYTES
+        send = MPI.buffer.fromaddress(
+            self._published.buffer(post).ctypes.data, self._published.size_bytes
+        )
+        self._request = self._blocks.start(send, self._receive, count)
+
+    def advance(self, post: int, told: bool) -> bool:
+        return self._request is not None and self._request.Test()
+
+    def take(self, post: int) -> list[NDArray[Any]]:
+        return list(self._near)
+
+    def settle(self) -> None:
+        pass
+
+    def release(self) -> None:
+        pass
+
+    def free(self) -> None:
+        self._blocks.free()
+
+
+def bytes_of(size: int, wire: str) -> int:
+    """Bytes of a published buffer, in whole blocks of 64."""
+    return HEADER_BYTES * blocks_of(size * np.dtype(WIRE_DTYPE[wire]).itemsize)
+
+
+def why_not(agents: Agents, size: int, wire: str) -> str:
+    """Why this rank's node cannot hold the window, "" where it can. Collective over the agents.
+
+    A window larger than what is left there would end the job by SIGBUS when it is written to.
+    """
+    node = agents.comm.Split(agents.node, agents.rank)
+    needed = node.size * (2 * bytes_of(size, wire) + 2 * HEADER_BYTES) * _SPARE
+    node.Free()
+    try:
+        found = os.statvfs(SHARED_MEMORY)
+    except OSError as error:
+        return f"{SHARED_MEMORY} cannot be looked at ({error.strerror})"
+    free = found.f_bavail * found.f_frsize
+    if free < needed:
+        return (
+            f"{SHARED_MEMORY} has {free / 1e6:.0f} MB left, the published buffers of a node need "
+            f"{needed / 1e6:.0f} MB"
+        )
+    return ""
