@@ -198,17 +198,24 @@ def open_gpu(emulate: bool) -> Any:
 
 def start_ranks(ranks: int) -> None:
     """Where this is no rank of a job: become ``mpiexec`` of this very command."""
-    if any(name in os.environ for name in _RANK):
-        return
+    if not in_job():
+        command = [*mpiexec(ranks), sys.executable, *sys.argv]
+        sys.stdout.flush()
+        os.execv(command[0], command)
+
+
+def in_job() -> bool:
+    return any(name in os.environ for name in _RANK)
+
+
+def mpiexec(ranks: int) -> list[str]:
+    """The command that starts what follows it on ``ranks`` ranks."""
     beside = Path(sys.executable).parent / "mpiexec"
     found = str(beside) if beside.exists() else shutil.which("mpiexec")
     if found is None:
         sys.exit("there is no mpiexec beside this Python or in PATH: pip install mpich")
     said = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
-    more = ["--oversubscribe"] if "Open MPI" in said else []
-    command = [found, "-n", str(ranks), *more, sys.executable, *sys.argv]
-    sys.stdout.flush()
-    os.execv(found, command)
+    return [found, "-n", str(ranks), *(["--oversubscribe"] if "Open MPI" in said else [])]
 
 
 def agents_on(topology: str, emulate: bool) -> Any:
@@ -224,11 +231,6 @@ def agents_on(topology: str, emulate: bool) -> Any:
     return agents
 
 
-def slowest(agents: Any, seconds: float) -> float:
-    """The slowest rank's. Collective."""
-    return float(max(agents.comm.allgather(seconds)))
-
-
 def block(agents: Any, step: Callable[[], None], steps: int) -> float:
     """Seconds per step of ``steps`` of them on the slowest rank. Collective.
 
@@ -242,7 +244,7 @@ def block(agents: Any, step: Callable[[], None], steps: int) -> float:
     for _ in range(steps):
         step()
     gpu.finish(gpu.stream())
-    return slowest(agents, (time.perf_counter() - start) / steps)
+    return float(max(agents.comm.allgather((time.perf_counter() - start) / steps)))
 
 
 def timed(gpu: Any, job: Callable[[], object], launches: int) -> float:
