@@ -27,6 +27,7 @@ import torch
 
 import mpicdsgd
 from mpicdsgd import gpu as gpus
+from mpicdsgd import native
 from mpicdsgd.arena import Arena, Coefficients
 from mpicdsgd.gpu import kernels
 
@@ -77,6 +78,7 @@ def gpu_provenance(gpu: Any, emulated: bool) -> Record:
     record = provenance()
     versions = record["versions"] | {"mpicdsgd": mpicdsgd.__version__}
     record |= {"gpu": gpu.name, "emulated": emulated, "versions": versions}
+    record["host kernel"] = f"{native.backend}, {native.isa}"
     if not emulated:
         import cupy
 

@@ -3,15 +3,27 @@
 #     bash bench/gpu_suite.sh [FOLDER]    FOLDER: wheels of what is missing, an MPI library say
 # OUT_DIR takes records and log (bench/results). PYTHON, MPICDSGD_DATA, CIFAR10 (folder), DEADLINE_S.
 #
-# Nothing is downloaded, and nothing written outside OUT_DIR and a folder that is removed at the end.
+# Nothing is downloaded, and nothing stays but OUT_DIR and, without a GPU, a compiled shim in TMPDIR.
 # Without a GPU the same tests are skipped and the benches run on an emulated one, to try the suite.
 set -euo pipefail
 
+if [ -n "${1:-}" ] && ! compgen -G "$1/*.whl" >/dev/null; then
+    echo "no wheels in $1: name a folder with what is missing here, an MPI library say" >&2
+    exit 2
+fi
+if ! [[ ${DEADLINE_S:=470} =~ ^[0-9]+$ ]]; then
+    echo "DEADLINE_S must be seconds, got $DEADLINE_S" >&2
+    exit 2
+fi
 wheels=${1:+$(realpath "$1")}
 data=${MPICDSGD_DATA:+$(realpath "$MPICDSGD_DATA")}
 cifar10=${CIFAR10:+$(realpath "$CIFAR10")}
 repo=$(realpath "$(dirname "$0")/..")
 python=$(command -v "${PYTHON:-python3}")
+if ! "$python" -c "import torch" 2>/dev/null; then
+    echo "$python has no torch: choose another with PYTHON=" >&2
+    exit 2
+fi
 scratch=$(mktemp -d "${TMPDIR:-/tmp}/mpicdsgd-gpu.XXXXXX")
 trap 'rm -rf "$scratch"' EXIT
 
@@ -39,7 +51,7 @@ if [ -n "$data" ]; then export MPICDSGD_DATA=$data; fi
 mkdir "$scratch/run"
 cd "$scratch/run"
 
-deadline=${DEADLINE_S:-540}
+deadline=$DEADLINE_S
 reserve=200 # seconds that the phases before the benches leave to them
 failed=0
 
@@ -87,6 +99,12 @@ if [ -n "$wheels" ]; then
 fi
 # The GPU kernels are compiled ahead for all GPUs where nvcc is: the log says so, or why not.
 phase "build" 180 "${pip[@]}" -v --no-build-isolation -C build-dir="$scratch/build" "$repo" || give_up
+# The bits of the host's compiled kernel are what the GPU's are compared with.
+phase "host kernel" 60 python -c '
+import sys
+from mpicdsgd import native
+print(native.backend, native.isa, native.reason)
+sys.exit(native.backend != "compiled")' || tail -n 1 "$log"
 phase "dependencies" 60 python -c '
 import re, sys
 from importlib import metadata

@@ -16,7 +16,7 @@ from mpicdsgd.agents import Agents
 from mpicdsgd.agreement import agreement
 from mpicdsgd.exchange import ExchangeConfig, open_exchange
 from mpicdsgd.gpu import kernels
-from mpicdsgd.mixing import metropolis
+from mpicdsgd.mixing import metropolis, uniform
 from mpicdsgd.specs import graph_from_spec
 
 _SIZE = 1 << 21  # elements of the exchange that is tried: enough to measure a link
@@ -40,11 +40,12 @@ def gather(comm: MPI.Intracomm, topology: str) -> dict[str, Any]:
     """
     with agreement(comm, "the topology"):
         graph = graph_from_spec(topology, comm.size)
+        mixing = uniform(graph) if graph.directed else metropolis(graph)
     log = logging.getLogger("mpicdsgd")
     level = log.level
     log.setLevel(logging.ERROR)  # it is all in the report
     try:
-        agents = Agents(comm, metropolis(graph))
+        agents = Agents(comm, mixing)
         exchange = open_exchange(agents, _SIZE, ExchangeConfig())
     finally:
         log.setLevel(level)

@@ -37,7 +37,7 @@ def choose_gpu(comm: MPI.Intracomm, device: str, local_rank: int, timeout_s: flo
     reason = gpu.why_not()
     with agreement(comm, "the GPU", timeout_s):
         if reason and device != "auto":
-            raise UserError(f'device = "{device}": {reason}')
+            raise UserError(f'device = "{device}": {reason}; "auto" and "cpu" do without')
         if named[1] is not None and int(named[1]) >= gpu.count():
             raise UserError(f'device = "{device}": this process sees {gpu.count()} GPUs')
     reasons = collect(comm, "who has a GPU", reason, timeout_s)
