@@ -138,7 +138,7 @@ def by_one(comm: MPI.Intracomm, action: Callable[[], object]) -> None:
         ("agents.mixing=file:absent.csv", "absent.csv"),
         ("agents.init=random", 'agents.init must be "broadcast" or "local", got "random"'),
         ("agents.device=tpu", 'device must be "auto", "cpu", "cuda" or "cuda:K", got "tpu"'),
-        ("exchange.transport=direct", 'exchange.transport = "direct" is for GPUs'),
+        ("exchange.transport=staged", 'exchange.transport = "staged" is for GPUs'),
         ("exchange.prefetch=often", "exchange.prefetch must be one of auto, always, never"),
         ("agents.threads=-1", "agents.threads"),
         ("model.name=cnnn", 'model.name = "cnnn" is not known: did you mean cnn?'),
