@@ -61,14 +61,7 @@ def open_device_carrier(
     Raises:
         UserError: on every rank, where a forced transport cannot serve an edge.
     """
-    with agents.agreement("the GPU's memory"):
-        try:
-            shared = transport in ("auto", "direct")
-            published = DevicePublished(gpu, size, wire, shared=shared)
-        except Exception as failure:
-            raise UserError(
-                f"agent {agents.rank}'s GPU has no memory for the published buffers ({failure})"
-            ) from failure
+    published = _publish(agents, gpu, size, wire, transport in ("auto", "direct"))
     offer = _Offer(agents.node, gpu.identity, published.handles, published.refused)
     offers: list[_Offer] = agents.comm.allgather(offer)
     imports, failures = _import(agents, gpu, offers, transport)
@@ -132,6 +125,24 @@ def open_device_carrier(
     carrier = TokenCarrier(agents, published, routes, edges)
     _say(agents, edges)
     return carrier
+
+
+def _publish(agents: Agents, gpu: Gpu, size: int, wire: str, shared: bool) -> DevicePublished:
+    """This agent's buffers, or an error on every rank where one has no room. Collective."""
+    made: list[DevicePublished] = []
+    try:
+        with agents.agreement("the GPU's memory"):
+            try:
+                made.append(DevicePublished(gpu, size, wire, shared=shared))
+            except Exception as failure:
+                raise UserError(
+                    f"agent {agents.rank}'s GPU has no memory for the published buffers ({failure})"
+                ) from failure
+    except UserError:
+        for published in made:
+            published.free()
+        raise
+    return made[0]
 
 
 def _import(

@@ -33,6 +33,7 @@ import torch
 from numpy.typing import NDArray
 
 _FOLDER = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
+_FILES = (_FOLDER / f"mpicdsgd-test-{os.getpid()}-{i}" for i in count())
 _PATIENCE_S = 60.0
 MAIN = 1
 
@@ -91,7 +92,6 @@ class EmulatedGpu:
         self._exportable = exportable
         self._random = None if seed is None else random.Random(seed)
         _sweep()
-        self._files = (_FOLDER / f"mpicdsgd-test-{os.getpid()}-{id(self)}-{i}" for i in count())
         self._handles = count(2)
         self._memory: dict[int, Shared] = {}
         self._imported: dict[int, Shared] = {}
@@ -143,7 +143,7 @@ class EmulatedGpu:
     # Memory
 
     def malloc(self, size_bytes: int) -> int:
-        shared = Shared(next(self._files), max(size_bytes, 1))
+        shared = Shared(next(_FILES), max(size_bytes, 1))
         self._memory[shared.address] = shared
         return shared.address
 
@@ -179,7 +179,7 @@ class EmulatedGpu:
         if shared and "event" not in self._exportable:
             raise RuntimeError("not supported (emulated)")
         handle = next(self._handles)
-        self._events[handle] = Event(Shared(next(self._files), 16))
+        self._events[handle] = Event(Shared(next(_FILES), 16))
         return handle
 
     def record(self, event: int, stream: int) -> None:

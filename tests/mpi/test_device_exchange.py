@@ -190,6 +190,7 @@ def test_a_gpu_without_memory(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(agents.gpu, "malloc", fail)
     with pytest.raises(UserError, match=f"agent {comm.size - 1}'s GPU has no memory"):
         open_on(agents)
+    assert agents.gpu.in_use == 0  # type: ignore[union-attr]
 
 
 def test_a_transport_that_cannot_be_forced(
