@@ -193,6 +193,25 @@ def test_a_fault_is_raised_by_all_at_one_step(comm: MPI.Intracomm, device: str, 
 
 
 @on_all_devices
+def test_a_fault_of_the_last_step_is_not_lost(comm: MPI.Intracomm, device: str) -> None:
+    """Also where the exchange is drained at exit, without the optimizer."""
+    if comm.size == 1 and device == "host":
+        pytest.skip("one agent on the host raises it at once")
+    agents = agents_with(comm, "ring", device)
+    net, opt = optimizer(agents, "nesterov")
+    rng = np.random.default_rng(comm.rank)
+    for k in range(3):
+        given_gradients(net, rng)
+        if k == 2 and comm.rank == 0:
+            next(net.parameters()).grad[0] = float("nan")  # type: ignore[index]
+        opt.step()
+    with pytest.raises(AgentFault, match=r"agent 0, step 3: parameters became NaN"):
+        opt.exchange.close()
+    with pytest.raises(AgentFault):
+        opt.close()
+
+
+@on_all_devices
 @pytest.mark.parametrize("kind", ["nesterov", "adamw", "fused"])
 def test_a_gradient_left_out_without_a_scaler(comm: MPI.Intracomm, device: str, kind: str) -> None:
     """How a run on a GPU learns of a loss that is no number: x <- mix, and a fault of all."""
