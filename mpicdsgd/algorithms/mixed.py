@@ -130,7 +130,8 @@ class Mixed(AgentOptimizer):
                 if name != "step" or self._counts_on_device(parameter):
                     values = values.to(parameter.device)
                     if values.shape == parameter.shape:  # in its memory format, as torch has it
-                        values = torch.empty_like(parameter).copy_(values)
+                        like = torch.empty_like(parameter, dtype=values.dtype)
+                        values = like.copy_(values)
                 self.optimizer.state[parameter][name] = values
         super().load_arrays(steps, arrays)
 

@@ -37,7 +37,7 @@ def open_host_carrier(agents: Agents, size: int, wire: str, transport: str) -> C
         error = "agents {} and {} are on different nodes".format(*apart[0])
     refused = ""
     if transport != "neighbor" and len(apart) < len(edges) and not error:
-        why = shared.why_not(agents, size, wire)
+        why = shared.why_not(nodes.count(agents.node), size, wire)
         refused = next((w for w in collect(agents.comm, "shared memory", why) if w), "")
         error = refused if transport == "direct" else ""
     with agents.agreement("exchange.transport"):

@@ -8,6 +8,7 @@ could not (no peer access, a container's or a launcher's isolation), and between
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -224,12 +225,13 @@ def _bandwidth(gpu: Gpu, source: int, size_bytes: int) -> float:
 
 
 def _say(agents: Agents, edges: list[Edge]) -> None:
-    """Log once how many edges go which way, and why they do not go a faster one."""
+    """Log how many edges go which way, and the commonest reason; `mpicdsgd info` has them all."""
     table: list[list[Edge]] = agents.comm.gather(edges, root=0) or []
-    counts: dict[tuple[str, str], int] = {}
+    reasons: dict[str, Counter[str]] = {}
     for edge in (edge for row in table for edge in row):
-        key = edge.transport, edge.why
-        counts[key] = counts.get(key, 0) + 1
-    for (transport, why), count in sorted(counts.items()):
+        reasons.setdefault(edge.transport, Counter())[edge.why] += 1
+    for transport, counts in sorted(reasons.items()):
+        why = counts.most_common(1)[0][0]
         level = logging.WARNING if transport == "staged" and why != "asked for" else logging.INFO
-        log.log(level, "%d edges %s: %s", count, transport, why)
+        mostly = ", mostly" if len(counts) > 1 else ""
+        log.log(level, "%d edges %s%s: %s", counts.total(), transport, mostly, why)

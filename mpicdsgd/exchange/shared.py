@@ -43,7 +43,7 @@ class SharedPublished:
         self._window = MPI.Win.Allocate_shared(room, 1, info=info, comm=self._node)
         info.Free()
         self._window.Lock_all(MPI.MODE_NOCHECK)
-        self._mine = self._buffers(agents.rank)
+        self._mine = self.of(agents.rank)
         for buffer in self._mine:
             buffer[:] = 0  # by its owner first, so that the pages are near
         self._window.Sync()
@@ -58,10 +58,6 @@ class SharedPublished:
     def begin_pass(self, post: int) -> None:
         self._window.Sync()
 
-    def of(self, agent: int) -> list[NDArray[Any]]:
-        """The two buffers of an agent on this node, shape (D,). Local."""
-        return self._buffers(agent)
-
     def settle(self) -> None:
         pass
 
@@ -71,7 +67,8 @@ class SharedPublished:
         self._window.Free()
         self._node.Free()
 
-    def _buffers(self, agent: int) -> list[NDArray[Any]]:
+    def of(self, agent: int) -> list[NDArray[Any]]:
+        """The two buffers of an agent on this node, shape (D,). Local."""
         memory: Any = self._window.Shared_query(self._local[agent])[0]
         raw: NDArray[np.uint8] = np.frombuffer(memory, np.uint8)
         # Every process maps a segment at a page, so all find the same beginning.
@@ -158,14 +155,12 @@ def bytes_of(size: int, wire: str) -> int:
     return HEADER_BYTES * blocks_of(size * np.dtype(WIRE_DTYPE[wire]).itemsize)
 
 
-def why_not(agents: Agents, size: int, wire: str) -> str:
-    """Why this rank's node cannot hold the window, "" where it can. Collective over the agents.
+def why_not(ranks: int, size: int, wire: str) -> str:
+    """Why this node cannot hold the window of its ``ranks``, "" where it can. Local.
 
     A window larger than what is left there would end the job by SIGBUS when it is written to.
     """
-    node = agents.comm.Split(agents.node, agents.rank)
-    needed = node.size * (2 * bytes_of(size, wire) + 2 * HEADER_BYTES) * _SPARE
-    node.Free()
+    needed = ranks * (2 * bytes_of(size, wire) + 2 * HEADER_BYTES) * _SPARE
     try:
         found = os.statvfs(SHARED_MEMORY)
     except OSError as error:

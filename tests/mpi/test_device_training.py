@@ -283,6 +283,34 @@ def test_channels_last(comm: MPI.Intracomm, device: str) -> None:
         opt.close()
 
 
+@on_all_devices
+def test_restored_moments_keep_the_memory_format(comm: MPI.Intracomm, device: str) -> None:
+    """Fused optimizers refuse moments that are laid out otherwise than their parameter."""
+    agents = agents_with(comm, "ring", device)
+
+    def fresh() -> tuple[torch.nn.Module, Any]:
+        conv = torch.nn.Conv2d(3, 8, 3).to(agents.device, memory_format=torch.channels_last)
+        return conv, of_kind("fused", conv.parameters(), agents)
+
+    conv, opt = fresh()
+    conv(torch.ones(1, 3, 5, 5, device=agents.device)).sum().backward()
+    opt.step()
+    again, other = fresh()
+    other.load_arrays(1, {name: np.array(a) for name, a in opt.arrays().items()})
+    for p, q in zip(conv.parameters(), again.parameters(), strict=True):
+        then, now = opt.optimizer.state[p], other.optimizer.state[q]
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(then[name], now[name])
+            assert now[name].stride() == q.stride()
+            assert now[name].dtype == then[name].dtype
+    again(torch.ones(1, 3, 5, 5, device=agents.device)).sum().backward()
+    conv(torch.ones(1, 3, 5, 5, device=agents.device)).sum().backward()
+    other.step()
+    opt.step()
+    for one in (opt, other):
+        one.close()
+
+
 @pytest.mark.filterwarnings("ignore:TensorFloat32")
 @on_all_devices
 def test_a_compiled_model(comm: MPI.Intracomm, device: str) -> None:
