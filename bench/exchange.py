@@ -105,7 +105,7 @@ class Script:
     ) -> None:
         self._x, self._v, self._g, self._near = flat(model_of(agents, size)), aligned(size), g, near
         self._v[:] = 0
-        self._weights = [np.float32(w) for w in agents.weights]
+        self._weights = [np.float32(w) for w in agents.turns[0].weights]
         self._fetch, self._update = fetch, update
 
     def step(self) -> None:

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from mpicdsgd.algorithms import CDMSGD as CDMSGD
     from mpicdsgd.algorithms import CDSGD as CDSGD
     from mpicdsgd.algorithms import Mixed as Mixed
+    from mpicdsgd.cycle import MixingCycle as MixingCycle
+    from mpicdsgd.cycle import alternating_matchings as alternating_matchings
+    from mpicdsgd.cycle import mixing_cycle as mixing_cycle
+    from mpicdsgd.cycle import one_peer_exponential as one_peer_exponential
     from mpicdsgd.errors import UserError as UserError
     from mpicdsgd.exchange import AgentFault as AgentFault
     from mpicdsgd.exchange import AgentLeft as AgentLeft
@@ -45,6 +49,7 @@ __version__ = "0.1.0.dev0"
 _HOMES = {
     "agents": ["Agents"],
     "algorithms": ["CDMSGD", "CDSGD", "Mixed"],
+    "cycle": ["MixingCycle", "alternating_matchings", "mixing_cycle", "one_peer_exponential"],
     "errors": ["UserError"],
     "exchange": [
         "AgentFault",

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from mpicdsgd import native, shutdown
 from mpicdsgd.agreement import TIMEOUT_S, agreement, collect, require_same
+from mpicdsgd.cycle import Mixing
 from mpicdsgd.errors import UserError
 from mpicdsgd.gpu.choose import choose_gpu
-from mpicdsgd.mixing import MixingMatrix
 from mpicdsgd.topology import Graph
 
 shutdown.install()
@@ -41,12 +41,27 @@ class AgentsConfig:
     init: str = "broadcast"  # or "local": every agent keeps its own random parameters
 
 
+@dataclass(frozen=True)
+class Turn:
+    """One agent's part in a mixing matrix.
+
+    Attributes:
+        sources, weights: the agents whose parameters it reads, ascending, and Pi's weights.
+        destinations: the agents that read its own.
+    """
+
+    sources: tuple[int, ...]
+    weights: tuple[float, ...]
+    destinations: tuple[int, ...]
+
+
 class Agents:
     """The agents of one job. Collective over ``comm``.
 
     Args:
         comm: an mpi4py intracommunicator; it is duplicated, so it stays the caller's.
-        mixing: mixing matrix with as many agents as ``comm`` has ranks, the same on every rank.
+        mixing: mixing matrix, or a cycle of them, with as many agents as ``comm`` has ranks, the
+            same on every rank.
         device: "auto" (a GPU where every rank has one), "cpu", "cuda", or "cuda:K" for GPU K.
         timeout_s: how long an agreement waits for the other ranks, in seconds.
 
@@ -54,8 +69,9 @@ class Agents:
         rank, size: this agent and how many there are.
         local_rank, local_size: the same among the ranks that share this node's memory.
         node: the lowest rank on this node, which stands for it.
-        sources, weights: the agents whose parameters this one reads, ascending, and Pi's weights.
-        destinations: the agents that read this one's.
+        graph: who ever reads whom.
+        sources, destinations: the agents that this one ever reads, and that read it, ascending.
+        turns: this agent's part in each matrix of the cycle; in one for all steps, if it is one.
         device: where the parameters are to be, a `torch.device`.
         gpu: this agent's GPU, None on the host.
         generation: of the run, set before an optimizer is made; each restart is a new one.
@@ -68,7 +84,7 @@ class Agents:
     def __init__(
         self,
         comm: MPI.Intracomm,
-        mixing: MixingMatrix,
+        mixing: Mixing,
         *,
         device: str = "auto",
         timeout_s: float = TIMEOUT_S,
@@ -89,8 +105,12 @@ class Agents:
         self.require_same("the mixing matrix Pi", mixing.digest)
         self.mixing = mixing
         self.graph: Graph = mixing.graph
-        self.self_weight, self.sources, self.weights = mixing.row(self.rank)
+        self.sources = self.graph.sources[self.rank]
         self.destinations = self.graph.destinations[self.rank]
+        self.turns = tuple(
+            Turn(*turn.row(self.rank)[1:], turn.graph.destinations[self.rank])
+            for turn in mixing.turns
+        )
         node = self.comm.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
         self.local_rank, self.local_size = node.rank, node.size
         mine = os.sched_getaffinity(0)

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 from mpi4py import MPI
@@ -19,7 +20,15 @@ from mpicdsgd.errors import UserError
 TIMEOUT_S = 300.0
 _NAME_BYTES = 64
 _RECORD_BYTES = 1024
-_abandoned: list[MPI.Request] = []  # kept, with their buffers: MPI may yet write into them
+
+
+class Testable(Protocol):
+    """An MPI request, or several as one."""
+
+    def Test(self) -> bool: ...  # noqa: N802, MPI's own name
+
+
+_abandoned: list[Testable] = []  # kept, with their buffers: MPI may yet write into them
 
 
 class Disagreement(RuntimeError):
@@ -107,7 +116,7 @@ class Patience:
         return self.waited_s < self._timeout_s
 
 
-def wait_for(request: MPI.Request, timeout_s: float, who: str) -> None:
+def wait_for(request: Testable, timeout_s: float, who: str) -> None:
     """Complete ``request``, or raise `Disagreement` after ``timeout_s``."""
     patience = Patience(timeout_s)
     while not request.Test():

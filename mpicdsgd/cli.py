@@ -135,6 +135,8 @@ def _graph(arguments: argparse.Namespace) -> int:
             "lambda_2": spectrum.lambda_2,
             "lambda_n": spectrum.lambda_n,
             "gap": spectrum.gap,
+            "turns": len(mixing.turns),
+            "gap_per_turn": mixing.gap_per_turn,
             "assumption_2": [
                 {"condition": c.name, "holds": c.holds, "detail": c.detail}
                 for c in mixing.conditions
@@ -172,6 +174,11 @@ def _print_graph(report: dict[str, Any]) -> None:
         f"mixing {report['mixing']}: lambda_2 {report['lambda_2']:.6f}, lambda_N "
         f"{report['lambda_n']:.6f}, gap {report['gap']:.6f}"
     )
+    if report["turns"] > 1:
+        print(
+            f"  these are the moduli of the product of {report['turns']} matrices used in turn; "
+            f"gap per turn {report['gap_per_turn']:.6f}"
+        )
     for condition in report["assumption_2"]:
         print(
             f"  {'holds' if condition['holds'] else 'FAILS'}  {condition['condition']}: "

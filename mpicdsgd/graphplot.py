@@ -9,9 +9,9 @@ import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
+from mpicdsgd.cycle import Mixing
 from mpicdsgd.figures import COLOURS, INK, check_suffix, save
 from mpicdsgd.graph import Graph
-from mpicdsgd.mixing import MixingMatrix
 
 Positions = NDArray[np.float64]  # (N, 2)
 
@@ -21,14 +21,14 @@ _INCHES = 6.5
 _MARGIN = 0.25
 
 
-def draw_graph(graph: Graph, mixing: MixingMatrix | None, out: Path) -> None:
+def draw_graph(graph: Graph, mixing: Mixing | None, out: Path) -> None:
     """Draw the agents and their edges, as wide as their weights, lambda_2 and gap above. Local.
 
     A directed edge is an arrow from who is read to who reads. What wraps around in a torus is bent.
 
     Args:
         graph: who reads whom.
-        mixing: the weights; None: all edges alike.
+        mixing: the weights, of a cycle the mean over its turns; None: all edges alike.
         out: the file to write: .png, .pdf or .svg.
 
     Raises:
@@ -51,7 +51,8 @@ def draw_graph(graph: Graph, mixing: MixingMatrix | None, out: Path) -> None:
     # Agents never touch: 0.6 of the least distance, in points.
     size = float(np.clip(0.6 * 72 * scale * _least_distance(at_N2), 2, 30))
     edges = [(a, b) for a, b in graph.edges if graph.directed or a < b]
-    weights = np.array([mixing.Pi[b, a] if mixing else 1.0 for a, b in edges])
+    Pi = _mean_weights(graph, mixing)
+    weights = np.array([Pi[b, a] for a, b in edges])
     widest = float(np.abs(weights).max(initial=0.0)) or 1.0
     crowd = 2.6 / max(1.0, len(edges) / 60) ** 0.5
     both = set(graph.edges)
@@ -144,19 +145,28 @@ def _passes_an_agent(at_N2: Positions, a: int, b: int) -> bool:
     return bool(between.any())
 
 
-def _title(graph: Graph, mixing: MixingMatrix | None) -> str:
+def _mean_weights(graph: Graph, mixing: Mixing | None) -> NDArray[np.float64]:
+    if mixing is None:
+        return graph.adjacency().astype(np.float64)
+    return np.asarray(np.mean([turn.Pi for turn in mixing.turns], axis=0), np.float64)
+
+
+def _title(graph: Graph, mixing: Mixing | None) -> str:
     agents = "1 agent" if graph.n == 1 else f"{graph.n} agents"
     name = (graph.name or "graph").replace("$", r"\$")
     if mixing is None:
         return f"{name}, {agents}"
     spectrum = mixing.spectrum
-    second = r"|\lambda_2|" if graph.directed else r"\lambda_2"
+    real = len(mixing.turns) == 1 and not graph.directed
+    second = r"\lambda_2" if real else r"|\lambda_2|"
     figures = (
         rf"${second} = {round(spectrum.lambda_2, 12):.4g}$,  gap $= {round(spectrum.gap, 12):.4g}$"
     )
     if graph.edges:
-        weights = [mixing.Pi[b, a] for a, b in graph.edges]
+        Pi = _mean_weights(graph, mixing)
+        weights = [Pi[b, a] for a, b in graph.edges]
         low, high = float(min(weights)), float(max(weights))
         alike = high - low < 1e-9
         figures += f",  edge weights {low:.3g}" + ("" if alike else f" to {high:.3g}")
-    return f"{name}, {agents}, {mixing.name}\n{figures}"
+    turns = f" in {len(mixing.turns)} turns" if len(mixing.turns) > 1 else ""
+    return f"{name}, {agents}, {mixing.name}{turns}\n{figures}"

@@ -84,6 +84,11 @@ class MixingMatrix:
         Pi.setflags(write=False)
         object.__setattr__(self, "Pi", Pi)
 
+    @property
+    def turns(self) -> tuple[MixingMatrix, ...]:
+        """The matrices that are used in turn, as ``cycle.MixingCycle`` has them: this one."""
+        return (self,)
+
     @cached_property
     def spectrum(self) -> Spectrum:
         """The eigenvalues of Pi, in O(N^3) when first asked for."""
@@ -101,6 +106,11 @@ class MixingMatrix:
             return Spectrum(eigenvalues, lambda_2=0.0, lambda_n=ranked[0], gap=1.0)
         gap = 1.0 - max(abs(v) for v in ranked[1:])
         return Spectrum(eigenvalues, lambda_2=ranked[1], lambda_n=ranked[-1], gap=gap)
+
+    @property
+    def gap_per_turn(self) -> float:
+        """The gap; ``cycle.MixingCycle`` says what it is for several."""
+        return self.spectrum.gap
 
     @cached_property
     def conditions(self) -> tuple[Condition, ...]:

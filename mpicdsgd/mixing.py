@@ -109,33 +109,40 @@ def from_matrix(Pi: npt.ArrayLike, graph: Graph, name: str = "custom") -> Mixing
         UserError: naming the first condition that fails, where it fails, and what to do.
     """
     title = f"mixing {name}"
-    given = _as_real(Pi, graph.n, title)
-    _check_entries(given, graph, title)
-    changes: tuple[str, ...] = ()
-    if graph.directed:
-        for axis, line in ((1, "row"), (0, "column")):
-            _check_sums(given, axis, line, EXACT, title)
-        repaired = given
-    else:
-        skew = np.abs(given - given.T)
-        if skew.max() > GIVEN:
-            j, i = _first(skew > GIVEN)
-            raise UserError(
-                f"{title} is not symmetric: Pi[{j}, {i}] = {given[j, i]:.9g} but Pi[{i}, {j}] = "
-                f"{given[i, j]:.9g}: make them equal (Assumption 2 b), or give a directed graph"
-            )
-        _check_sums(given, 1, "row", GIVEN, title)
-        repaired = (given + given.T) / 2
-        np.fill_diagonal(repaired, 0.0)
-        np.fill_diagonal(repaired, 1.0 - repaired.sum(axis=1))
-        change = float(np.abs(repaired - given).max())
-        if change > FLOAT64:
-            changes = (f"{title}: made exactly symmetric with row sums 1, by at most {change:.1g}",)
-        else:
-            repaired = given
+    repaired, changes = checked(Pi, graph, title)
     mixing = MixingMatrix(repaired, graph, name, changes)
     _check_spectrum(mixing, title)
     return mixing
+
+
+def checked(Pi: npt.ArrayLike, graph: Graph, title: str) -> tuple[Matrix, tuple[str, ...]]:
+    """``Pi`` as `from_matrix` takes it, but for the spectrum, and what was changed in it.
+
+    Raises UserError: entries off the edges or out of range, not symmetric, wrong sums.
+    """
+    given = _as_real(Pi, graph.n, title)
+    _check_entries(given, graph, title)
+    if graph.directed:
+        for axis, line in ((1, "row"), (0, "column")):
+            _check_sums(given, axis, line, EXACT, title)
+        return given, ()
+    skew = np.abs(given - given.T)
+    if skew.max() > GIVEN:
+        j, i = _first(skew > GIVEN)
+        raise UserError(
+            f"{title} is not symmetric: Pi[{j}, {i}] = {given[j, i]:.9g} but Pi[{i}, {j}] = "
+            f"{given[i, j]:.9g}: make them equal (Assumption 2 b), or give a directed graph"
+        )
+    _check_sums(given, 1, "row", GIVEN, title)
+    repaired = (given + given.T) / 2
+    np.fill_diagonal(repaired, 0.0)
+    np.fill_diagonal(repaired, 1.0 - repaired.sum(axis=1))
+    change = float(np.abs(repaired - given).max())
+    if change > FLOAT64:
+        return repaired, (
+            f"{title}: made exactly symmetric with row sums 1, by at most {change:.1g}",
+        )
+    return given, ()
 
 
 def _as_real(Pi: npt.ArrayLike, n: int, title: str) -> Matrix:

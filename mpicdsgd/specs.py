@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-from mpicdsgd import mixing, topology
+from mpicdsgd import cycle, mixing, topology
+from mpicdsgd.cycle import Mixing
 from mpicdsgd.errors import UserError
 from mpicdsgd.graph import Graph
 from mpicdsgd.graphfiles import read_graph
 from mpicdsgd.matrixfiles import read_matrix
-from mpicdsgd.mixing import MixingMatrix
 from mpicdsgd.userfiles import printable
 
 _PLAIN = {
@@ -31,10 +31,12 @@ _RANDOM = {
     "watts-strogatz": ("watts-strogatz:4,0.1,seed=3", 2),
 }
 _GRAPHS = (*_PLAIN, *_LATTICES, *_RANDOM, "file")
-_MATRICES = {
+_MATRICES: dict[str, Callable[[Graph], Mixing]] = {
     "uniform": mixing.uniform,
     "metropolis": mixing.metropolis,
     "max-degree": mixing.max_degree,
+    "matchings": cycle.alternating_matchings,
+    "one-peer": cycle.one_peer_on,
 }
 # (I + Pi)/2 halves the gap: so often and no oftener, before Pi is the identity for float64.
 _MAX_LAZY = 10
@@ -66,11 +68,11 @@ def graph_from_spec(spec: str, n: int) -> Graph:
     raise UserError(_unknown("topology", name, _GRAPHS))
 
 
-def mixing_from_spec(spec: str, graph: Graph) -> MixingMatrix:
-    """The mixing matrix on ``graph`` that ``spec`` names.
+def mixing_from_spec(spec: str, graph: Graph) -> Mixing:
+    """The mixing matrix on ``graph`` that ``spec`` names, or the cycle of them.
 
-    ``uniform metropolis max-degree lazy:<another> file:pi.csv file:pi.npy file:pi.h5:dataset``.
-    Files: ``matrixfiles.read_matrix``.
+    ``uniform metropolis max-degree lazy:<another> file:pi.csv file:pi.npy file:pi.h5:dataset``, and
+    in turn ``matchings one-peer cycle:a.csv,b.csv``. Files: ``matrixfiles.read_matrix``.
 
     Raises:
         UserError: unknown name, a graph it does not fit, a bad file, a matrix that fails
@@ -84,23 +86,29 @@ def mixing_from_spec(spec: str, graph: Graph) -> MixingMatrix:
     name, colon, path = rest.partition(":")
     if name == "file":
         path = _path(path, "mixing", "file:pi.csv")
-        result = mixing.from_matrix(read_matrix(path, graph.n), graph, f"file:{printable(path)}")
+        result: Mixing = mixing.from_matrix(
+            read_matrix(path, graph.n), graph, f"file:{printable(path)}"
+        )
+    elif name == "cycle":
+        paths = [part.strip() for part in path.split(",")]
+        matrices = [read_matrix(_path(p, "mixing", "cycle:a.csv,b.csv"), graph.n) for p in paths]
+        result = cycle.mixing_cycle(matrices, graph, f"cycle:{printable(path)}")
     elif (key := name.lower().replace("_", "-")) not in _MATRICES:
         if key == "lazy":
             raise UserError("mixing lazy needs another matrix after a colon, as in lazy:metropolis")
-        raise UserError(_unknown("mixing", key, (*_MATRICES, "lazy", "file")))
+        raise UserError(_unknown("mixing", key, (*_MATRICES, "lazy", "file", "cycle")))
     elif colon:
         raise UserError(f'mixing {key} takes no arguments, got {path[:60]!r}: use "{key}"')
     else:
         result = _MATRICES[key](graph)
     for _ in range(lazies):
-        result = mixing.lazy(result)
+        result = cycle.lazy_cycle(result)
     return result
 
 
 def _path(path: str, what: str, example: str) -> str:
     if not path.strip():
-        raise UserError(f"{what} file: needs a path after the colon, as in {example}")
+        raise UserError(f"{what} {example.partition(':')[0]}: needs a path after the colon, as in {example}")
     return path.strip()
 
 

@@ -65,10 +65,11 @@ class Stepper:
         self.ahead = arena.flat.clone() if look_ahead else None
         self._scratch = torch.empty_like(arena.flat) if rounds > 1 else None
         self._rank, self._rounds, self._debug = agents.rank, rounds, debug
-        self._weights = np.array(agents.weights, dtype=np.float32)
+        self._weights = [np.array(turn.weights, dtype=np.float32) for turn in agents.turns]
         self._update = make_update(agents, config.wire, config.timeout_s)
         self._outcomes: deque[tuple[int, Outcome]] = deque()
         self._checksum = 0
+        self._turn = 0
         self.exchange.before_closing = self.settle
 
     @property
@@ -120,7 +121,7 @@ class Stepper:
             neighbours = self.exchange.wait(self.steps, mixing_round)
             mixing = self.arena.mix_only_segments()
             self._pass(self._scratch, z, neighbours, mixing, last=False)
-            self.exchange.post(self.steps, mixing_round + 1)
+            self._post(mixing_round + 1)
             z = self._scratch
         neighbours = self.exchange.wait(self.steps, self._rounds - 1)
         outcome = self._pass(
@@ -131,7 +132,7 @@ class Stepper:
         self.steps += 1
         self._outcomes.append((self.steps, outcome))
         self._judge(self._update.lag)
-        self.exchange.post(self.steps)
+        self._post()
         if self.exchange.fault.step <= self.steps:
             self.exchange.fault_raised = True
             raise AgentFault(self.exchange.fault)
@@ -144,7 +145,7 @@ class Stepper:
         self._outcomes.append((self.steps, outcome))
         self.settle()
         self._accept()
-        self.exchange.post(self.steps)
+        self._post()
 
     def settle(self) -> None:
         """Learn what became of all passes so far, waiting for a GPU."""
@@ -181,11 +182,16 @@ class Stepper:
             p=self.exchange.published,
             q=self.exchange.previous,
             neighbours=neighbours,
-            weights=self._weights[: len(neighbours)],
+            weights=self._weights[self._turn][: len(neighbours)],
             segments=segments,
             scale=scale,
             overflow=overflow,
         )
+
+    def _post(self, mixing_round: int = 0) -> None:
+        """Show what was written; what is read with it is mixed by the matrix of this turn."""
+        self._turn = (self.steps * self._rounds + mixing_round) % len(self._weights)
+        self.exchange.post(self.steps, mixing_round, self._turn)
 
     def _judge(self, keep: int) -> None:
         """Report what passes found, but for the last ``keep``."""

@@ -3,6 +3,10 @@
 The protocol (headers, stop, faults, leaving) is in `engine`; a carrier knows nothing of it. It
 sends this agent's 64-byte header and its published buffer with every `start`, and has the peers'
 headers and the neighbours' buffers when `advance` has returned True.
+
+Of a cycle of mixing matrices each post serves one turn, the same on all agents. Values go along the
+edges of that turn only; headers along those of all turns in every post, so that who is out of step,
+leaves or stops is known as soon as on a graph that does not change.
 """
 
 from __future__ import annotations
@@ -30,18 +34,23 @@ class Carrier(Protocol):
 
     Attributes:
         header: uint8, shape (64,), filled before `start`.
-        peers, headers: the agents whose headers come, ascending, and where; cleared before `start`.
+        peers: the agents whose headers come, ascending.
+        headers: where, in this post; cleared by `start`.
         published: what to fill before `start`: an array of shape (D,), or a device address.
         previous: what was published last, likewise.
-        bytes_per_post: header and values, once for every reader.
+        bytes_per_post: of this post, header and values, once for every reader.
         edges: how each neighbour's values come.
     """
 
     header: NDArray[np.uint8]
     peers: tuple[int, ...]
-    headers: list[NDArray[np.uint8]]
-    bytes_per_post: int
     edges: list[Edge]
+
+    @property
+    def headers(self) -> list[NDArray[np.uint8]]: ...
+
+    @property
+    def bytes_per_post(self) -> int: ...
 
     @property
     def published(self) -> Any: ...
@@ -49,14 +58,14 @@ class Carrier(Protocol):
     @property
     def previous(self) -> Any: ...
 
-    def start(self) -> None:
-        """Begin to send; whatever is written to `published` must be under way by now. Local."""
+    def start(self, turn: int) -> None:
+        """Begin a post; whatever is written to `published` must be under way by now. Local."""
 
     def advance(self) -> bool:
         """Move things on, without waiting; True once all has come. Local."""
 
     def take(self) -> list[Any]:
-        """The neighbours' buffers, in agent order, for a pass that follows. Local."""
+        """The buffers of the turn's sources, in agent order, for a pass that follows. Local."""
 
     def settle(self) -> None:
         """Finish this agent's own reading and writing. Local; may wait for its own GPU."""

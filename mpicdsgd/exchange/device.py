@@ -15,7 +15,7 @@ import numpy as np
 
 from mpicdsgd.exchange.carrier import WIRE_DTYPE
 from mpicdsgd.exchange.header import HEADER_BYTES
-from mpicdsgd.exchange.neighbor import blocks_of
+from mpicdsgd.exchange.memory import blocks_of
 from mpicdsgd.gpu import Gpu
 
 

@@ -6,7 +6,7 @@ token is here, during the backward pass, and the kernel reads the copy.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from mpicdsgd.exchange.device import DevicePublished
@@ -26,7 +26,7 @@ class DirectRoute:
 
     Args:
         published: this agent's own, whose layout is all agents'.
-        sources: read this way, ascending.
+        sources: read this way, ascending; turns: whom this agent reads at all, in each turn.
         peers: the imports of the sources, and of the readers that read this agent this way.
         prefetched: the sources whose values are fetched, not read in place.
     """
@@ -36,38 +36,44 @@ class DirectRoute:
         gpu: Gpu,
         published: DevicePublished,
         sources: tuple[int, ...],
+        turns: Sequence[tuple[int, ...]],
         peers: Mapping[int, Imported],
         prefetched: Collection[int],
     ) -> None:
         self._gpu, self._published, self._peers = gpu, published, peers
-        self.sources = sources
+        self._turns = [[source for source in sources if source in turn] for turn in turns]
+        self._now = self._turns[0]
         self._copies = {s: gpu.malloc(published.size_bytes) for s in prefetched}
         self._copied = {source: gpu.event() for source in prefetched}
         self._stream = gpu.new_stream() if prefetched else None
         self._fetching = False
 
-    def start(self, post: int) -> None:
+    def start(self, post: int, turn: int) -> None:
+        self._now = self._turns[turn]
         if self._stream is not None:
             # The last pass may still read the copies.
             self._gpu.wait(self._stream, self._published.events[post % 2])
         self._fetching = False
 
-    def advance(self, post: int, told: bool) -> bool:
-        if told and not self._fetching and self._stream is not None:
-            for source, copy in self._copies.items():
+    def advance(self, post: int, partners: frozenset[int] | None) -> bool:
+        if partners is not None and not self._fetching and self._stream is not None:
+            for source in self._now:
+                if source not in self._copies:
+                    continue
+                copy = self._copies[source]
                 self._gpu.wait(self._stream, self._peers[source].events[post % 2])
                 self._gpu.copy(copy, self._at(source, post), self._size, self._stream)
                 self._gpu.record(self._copied[source], self._stream)
             self._fetching = True
-        return told
+        return partners is not None
 
-    def take(self, post: int) -> list[int]:
+    def take(self, post: int) -> dict[int, int]:
         stream = self._published.stream
         for peer in self._peers.values():
             self._gpu.wait(stream, peer.events[post % 2])
         for event in self._copied.values():
             self._gpu.wait(stream, event)
-        return [self._copies.get(source) or self._at(source, post) for source in self.sources]
+        return {s: self._copies.get(s) or self._at(s, post) for s in self._now}
 
     def settle(self) -> None:
         if self._stream is not None:

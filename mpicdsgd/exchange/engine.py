@@ -71,6 +71,7 @@ class Exchange:
         self._left: tuple[int, int] | None = None  # (steps, agent) of the first that left
         self._posted = 0
         self._step = 0
+        self._turn = 0
         self._under_way = False
         self._closed = False
         self.before_closing: Callable[[], None] = _nothing
@@ -110,15 +111,20 @@ class Exchange:
         """
         self._found = self._found or (reason, at)
 
-    def post(self, step: int, mixing_round: int = 0) -> None:
-        """Start showing `published`, which holds ``step`` completed steps. Returns at once."""
+    def post(self, step: int, mixing_round: int = 0, turn: int = 0) -> None:
+        """Start showing `published`, which holds ``step`` completed steps. Returns at once.
+
+        Args:
+            mixing_round: of this step; ``turn``: of the cycle of mixing matrices, for this round.
+        """
         if self._stop_wanted:
             self.stop_step = min(self.stop_step, step + self._diameter)
             self._stop_wanted = False
         if self._found:
             self.fault = min(self.fault, self._own_fault(step))
             self._found = None
-        self._post(Header(step, mixing_round, self._generation, self.stop_step, self.fault))
+        header = Header(step, mixing_round, self._generation, self.stop_step, self.fault)
+        self._post(header, turn)
 
     def progress(self) -> None:
         """Let MPI move data, for a moment. May be called at any time."""
@@ -234,21 +240,21 @@ class Exchange:
         reason, at = self._found
         return Fault(step + self._diameter, step if at is None else at, reason, self._rank)
 
-    def _post(self, header: Header) -> None:
+    def _post(self, header: Header, turn: int) -> None:
         assert not self._under_way, "post() before wait()"
         hd.write(header, self._carrier.header)
-        for slot in self._carrier.headers:
-            hd.clear(slot)
         self._step = header.step
+        self._turn = turn
         self._posted += 1
-        self.bytes_sent += self._carrier.bytes_per_post
         self._under_way = True
-        self._carrier.start()
+        self._carrier.start(turn)
+        self.bytes_sent += self._carrier.bytes_per_post
 
     def _post_leaving(self) -> None:
         self._left = self._left or (self._step, self._rank)
         step, agent = self._left
-        self._post(Header(self._step, 0, self._generation, NEVER, self.fault, agent, step))
+        header = Header(self._step, 0, self._generation, NEVER, self.fault, agent, step)
+        self._post(header, self._turn)
 
     def _learn_of_leavers(self) -> None:
         self._under_way = False

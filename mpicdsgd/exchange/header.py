@@ -116,6 +116,17 @@ def read(slot: NDArray[np.uint8]) -> Header | None:
     )
 
 
+def together(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> bool:
+    """Whether the agents that wrote two slots are at the same mixing, and both go on."""
+    a, b = read(one), read(other)
+    return (
+        a is not None
+        and b is not None
+        and (a.generation, a.step, a.round) == (b.generation, b.step, b.round)
+        and not (a.leaving or b.leaving)
+    )
+
+
 def clear(slot: NDArray[np.uint8]) -> None:
     """Make ``slot`` read as empty."""
     slot[:] = 0

@@ -1,7 +1,7 @@
 """Which way each edge's values go between agents on the host: in place on a node, else by messages.
 
-Where no two neighbours share a node, or their memory has no room, everything goes by messages, and
-header and values in one.
+Where no two neighbours share a node, or their memory has no room, everything goes by messages, on a
+graph that does not change header and values in one.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from mpicdsgd.agreement import collect
 from mpicdsgd.errors import UserError
 from mpicdsgd.exchange import shared
 from mpicdsgd.exchange.carrier import Carrier, Edge
-from mpicdsgd.exchange.neighbor import HostCarrier
-from mpicdsgd.exchange.shared import MessageRoute, SharedPublished, SharedRoute
-from mpicdsgd.exchange.tokens import Route, TokenCarrier
+from mpicdsgd.exchange.messages import along
+from mpicdsgd.exchange.neighbor import HostCarrier, MessageRoute, OwnPublished
+from mpicdsgd.exchange.shared import SharedPublished, SharedRoute
+from mpicdsgd.exchange.tokens import Published, Route, TokenCarrier
 
 log = logging.getLogger("mpicdsgd")
 
@@ -43,21 +44,29 @@ def open_host_carrier(agents: Agents, size: int, wire: str, transport: str) -> C
     with agents.agreement("exchange.transport"):
         if error:
             raise UserError(f'exchange.transport = "direct": {error}; use "auto" or "neighbor"')
-    if transport == "neighbor" or refused or len(apart) == len(edges):
-        if refused and agents.rank == 0:
-            log.warning("neighbours on a node exchange messages: %s", refused)
+    if refused and agents.rank == 0:
+        log.warning("neighbours on a node exchange messages: %s", refused)
+    if transport == "neighbor" or refused:
+        apart = edges
+    if len(apart) == len(edges) and len(agents.turns) == 1:
         return HostCarrier(agents, size, wire)
-    published = SharedPublished(agents, size, wire)
-    here = [s for s in agents.sources if nodes[s] == agents.node]
-    routes: list[Route] = [SharedRoute(published, here)]
+    me = agents.rank
+    here = [s for s in agents.sources if (s, me) not in apart]
+    published: Published
+    routes: list[Route] = []
+    if len(apart) < len(edges):
+        published = in_place = SharedPublished(agents, size, wire)
+        routes.append(SharedRoute(in_place, here))
+    else:
+        published = OwnPublished(size, wire)
     if apart:
-        sources = [s for s, r in apart if r == agents.rank]
-        readers = [r for s, r in apart if s == agents.rank]
-        routes.append(MessageRoute(agents, published, sources, readers))
+        sources = [s for s, r in apart if r == me]
+        readers = [r for s, r in apart if s == me]
+        routes.append(MessageRoute(agents.comm, published, along(agents, sources, readers)))
     ways = [
         Edge(s, "direct", "in place, in shared memory")
         if s in here
-        else Edge(s, "neighbor", "on another node")
+        else Edge(s, "neighbor", "by messages" if nodes[s] == agents.node else "on another node")
         for s in agents.sources
     ]
     return TokenCarrier(agents, published, routes, ways)

@@ -1,11 +1,7 @@
-"""The neighbour transport on the host: one nonblocking MPI neighbourhood collective per exchange.
+"""Between hosts: values in messages.
 
-All send displacements are 0, so the one published buffer goes to every reader without a copy.
-Counts are always explicit and in blocks of 64 bytes: Open MPI truncates inferred counts where a
-rank has degree 0, and blocks keep MPI's int counts good for buffers of up to 128 GB.
-
-Every exchange has a graph communicator of its own: on a shared one, two exchanges posted in a
-different order would swap their data without any error from MPI.
+`HostCarrier` serves agents that share no node, on a graph that does not change; else the values go
+by a `MessageRoute` beside the tokens of `tokens.TokenCarrier`.
 """
 
 from __future__ import annotations
@@ -19,57 +15,17 @@ from numpy.typing import NDArray
 
 from mpicdsgd.agents import Agents
 from mpicdsgd.exchange.carrier import WIRE_DTYPE, Edge
-from mpicdsgd.exchange.header import HEADER_BYTES
-
-
-class Blocks:
-    """A neighbourhood collective of blocks of 64 bytes on a communicator of its own.
-
-    Making one is collective over ``comm``, and so is `free`.
-
-    Args:
-        comm: whose ranks are the agents.
-        sources, destinations: from whom this agent receives and to whom it sends.
-    """
-
-    def __init__(
-        self, comm: MPI.Intracomm, sources: Sequence[int], destinations: Sequence[int]
-    ) -> None:
-        self._comm: MPI.Distgraphcomm = comm.Create_dist_graph_adjacent(
-            list(sources), list(destinations), reorder=False
-        )
-        self._block = MPI.BYTE.Create_contiguous(HEADER_BYTES).Commit()
-        self._degree, self._readers = len(sources), len(destinations)
-
-    def start(
-        self, send: Any, receive: Any, count: int, first: int = 0, slot: int | None = None
-    ) -> MPI.Request:
-        """Send blocks [first, first + count) to every destination, receive the same. Collective.
-
-        Args:
-            send: contiguous buffer; unchanged until the request is complete.
-            receive: contiguous buffer of a slot for each source.
-            slot: blocks from one slot to the next; None: ``count``.
-        """
-        slot = count if slot is None else slot
-        return self._comm.Ineighbor_alltoallv(
-            [send, ([count] * self._readers, [first] * self._readers), self._block],
-            [
-                receive,
-                ([count] * self._degree, [first + i * slot for i in range(self._degree)]),
-                self._block,
-            ],
-        )
-
-    def free(self) -> None:
-        self._block.Free()
-        self._comm.Free()
+from mpicdsgd.exchange.header import HEADER_BYTES, clear
+from mpicdsgd.exchange.memory import aligned, blocks_of, bytes_of
+from mpicdsgd.exchange.messages import Ends, Messages, Requests
+from mpicdsgd.exchange.tokens import Published
 
 
 class HostCarrier:
     """Header and values of shape (D,) in one message; see `carrier.Carrier`.
 
-    Opening is collective over the agents.
+    The one published buffer goes to every reader without a copy. Opening is collective over the
+    agents, whose graph has one turn.
     """
 
     def __init__(self, agents: Agents, size: int, wire: str) -> None:
@@ -77,7 +33,7 @@ class HostCarrier:
         payload = slice(HEADER_BYTES, HEADER_BYTES + size * dtype.itemsize)
         self._count = 1 + blocks_of(size * dtype.itemsize)
         slot_bytes = HEADER_BYTES * self._count
-        self._blocks = Blocks(agents.comm, agents.sources, agents.destinations)
+        self._messages = Messages(agents.comm, [(agents.sources, agents.destinations)])
         self._send = aligned(slot_bytes)
         self._receive = aligned(slot_bytes * len(agents.sources))
         slots = np.split(self._receive, len(agents.sources)) if agents.sources else []
@@ -89,14 +45,16 @@ class HostCarrier:
         self._neighbours = [slot[payload].view(dtype) for slot in slots]
         self.bytes_per_post = slot_bytes * len(agents.destinations)
         self.edges = [Edge(source, "neighbor", "by messages") for source in agents.sources]
-        self._request: MPI.Request | None = None
+        self._requests: Requests | None = None
 
-    def start(self) -> None:
-        self._request = self._blocks.start(self._send, self._receive, self._count)
+    def start(self, turn: int) -> None:
+        for slot in self.headers:
+            clear(slot)
+        self._requests = self._messages.start(self._send, self._receive, self._count)
 
     def advance(self) -> bool:
-        assert self._request is not None
-        return self._request.Test()
+        assert self._requests is not None
+        return self._requests.Test()
 
     def take(self) -> list[Any]:
         return list(self._neighbours)
@@ -108,16 +66,77 @@ class HostCarrier:
         pass
 
     def free(self) -> None:
-        self._blocks.free()
+        self._messages.free()
 
 
-def blocks_of(size_bytes: int) -> int:
-    """Blocks of 64 bytes that hold ``size_bytes``."""
-    return -(-size_bytes // HEADER_BYTES)
+class OwnPublished:
+    """One buffer of this agent's own; see `tokens.Published`.
+
+    One will do: a post is over only when its messages are, those from here too.
+    """
+
+    def __init__(self, size: int, wire: str) -> None:
+        dtype = np.dtype(WIRE_DTYPE[wire])
+        self.size_bytes = bytes_of(size, wire)
+        self._buffer = aligned(self.size_bytes)[: size * dtype.itemsize].view(dtype)
+
+    def buffer(self, post: int) -> NDArray[Any]:
+        return self._buffer
+
+    def mark(self, post: int) -> None:
+        pass
+
+    def begin_pass(self, post: int) -> None:
+        pass
+
+    def settle(self) -> None:
+        pass
+
+    def free(self) -> None:
+        pass
 
 
-def aligned(size_bytes: int) -> NDArray[np.uint8]:
-    """Zeroed memory that begins at a multiple of 64 bytes, a cache line."""
-    raw = np.zeros(size_bytes + 64, dtype=np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size_bytes]
+class MessageRoute:
+    """Values without headers. See `tokens.Route`; made and freed by all agents together.
+
+    Args:
+        published: whose buffers are arrays.
+        turns: of each turn, what goes this way; see `messages.Messages`.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, published: Published, turns: Sequence[Ends]) -> None:
+        self._published = published
+        self._messages = Messages(comm, turns)
+        self._receive = aligned(published.size_bytes * self._messages.slots)
+        buffer = published.buffer(0)
+        slots = self._receive.reshape(self._messages.slots, published.size_bytes)
+        self._near = [slot[: buffer.nbytes].view(buffer.dtype) for slot in slots]
+        self._turn = 0
+        self._requests: Requests | None = None
+
+    def start(self, post: int, turn: int) -> None:
+        self._turn, self._requests = turn, None
+        self.advance(post, None)
+
+    def advance(self, post: int, partners: frozenset[int] | None) -> bool:
+        if self._requests is None and self._messages.may_start(partners):
+            count = self._published.size_bytes // HEADER_BYTES
+            send = MPI.buffer.fromaddress(
+                self._published.buffer(post).ctypes.data, self._published.size_bytes
+            )
+            self._requests = self._messages.start(
+                send, self._receive, count, self._turn, partners=partners
+            )
+        return self._requests is not None and self._requests.Test()
+
+    def take(self, post: int) -> dict[int, NDArray[Any]]:
+        return dict(zip(self._messages.turns[self._turn][0], self._near, strict=False))
+
+    def settle(self) -> None:
+        pass
+
+    def release(self) -> None:
+        pass
+
+    def free(self) -> None:
+        self._messages.free()

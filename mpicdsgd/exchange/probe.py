@@ -22,7 +22,7 @@ from mpicdsgd import gpu as gpus
 from mpicdsgd.agents import Agents
 from mpicdsgd.agreement import collect, wait_for
 from mpicdsgd.exchange.header import HEADER_BYTES
-from mpicdsgd.exchange.neighbor import Blocks
+from mpicdsgd.exchange.messages import Messages
 from mpicdsgd.exchange.staged import device_buffer
 from mpicdsgd.exchange.tokens import peers_of
 from mpicdsgd.gpu import Gpu
@@ -71,14 +71,14 @@ def _tried(command: tuple[str, ...]) -> str:
 def _together(agents: Agents, gpu: Gpu) -> str:
     """What went wrong between this agent and its peers. Collective over the agents."""
     peers = peers_of(agents)
-    blocks = Blocks(agents.comm, peers, peers)
-    wrong = _try(gpu, blocks, agents.rank, peers, agents.timeout_s)
-    blocks.free()
+    messages = Messages(agents.comm, [(peers, peers)])
+    wrong = _try(gpu, messages, agents.rank, peers, agents.timeout_s)
+    messages.free()
     return wrong
 
 
-def _try(gpu: Gpu, blocks: Blocks, rank: int, peers: tuple[int, ...], timeout_s: float) -> str:
-    """Send device memory to the peers and compare what comes. Collective over ``blocks``."""
+def _try(gpu: Gpu, messages: Messages, rank: int, peers: tuple[int, ...], timeout_s: float) -> str:
+    """Send device memory to the peers and compare what comes. All peers call it."""
     wrong = ""
     for size in _SIZES:
         host = gpu.pinned(size * max(1, len(peers)))
@@ -87,12 +87,12 @@ def _try(gpu: Gpu, blocks: Blocks, rank: int, peers: tuple[int, ...], timeout_s:
         host[:size] = _pattern(rank, size)
         gpu.copy(send, host.ctypes.data, size, stream)
         gpu.finish(stream)
-        request = blocks.start(
+        requests = messages.start(
             device_buffer(send, size),
             device_buffer(receive, size * len(peers)),
             size // HEADER_BYTES,
         )
-        wait_for(request, timeout_s, f"agent {rank}, device pointers in MPI")
+        wait_for(requests, timeout_s, f"agent {rank}, device pointers in MPI")
         gpu.copy(host.ctypes.data, receive, size * len(peers), stream)
         gpu.finish(stream)
         for i, peer in enumerate(peers):
@@ -117,7 +117,7 @@ def main() -> int:
         print(reason, file=sys.stderr)
         return 1
     gpu = gpus.open_gpu(int(sys.argv[1]))
-    wrong = _try(gpu, Blocks(MPI.COMM_SELF, (0,), (0,)), 0, (0,), _ALONE_S)
+    wrong = _try(gpu, Messages(MPI.COMM_SELF, [((0,), (0,))]), 0, (0,), _ALONE_S)
     print(wrong, file=sys.stderr)
     return 1 if wrong else 0
 

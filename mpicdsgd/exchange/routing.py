@@ -20,6 +20,7 @@ from mpicdsgd.exchange import probe
 from mpicdsgd.exchange.carrier import Edge
 from mpicdsgd.exchange.device import DevicePublished, Handles
 from mpicdsgd.exchange.direct import DirectRoute, Imported, release
+from mpicdsgd.exchange.messages import along
 from mpicdsgd.exchange.staged import CHUNK_BYTES, MessageRoute, StagedRoute
 from mpicdsgd.exchange.tokens import Route, TokenCarrier, peers_of
 from mpicdsgd.gpu import Gpu
@@ -107,14 +108,16 @@ def open_device_carrier(
     release(gpu, imports)
     speeds = _speeds(agents, gpu, published, kept, mine, offers, prefetch)
     fetched = [s for s in mine if speeds[s][0]]
-    routes: list[Route] = [DirectRoute(gpu, published, mine, kept, fetched)]
+    everyone = [turn.sources for turn in agents.turns]
+    routes: list[Route] = [DirectRoute(gpu, published, mine, everyone, kept, fetched)]
     if rest:
         sources = [s for s, r in rest if r == me]
         readers = [r for s, r in rest if s == me]
+        turns = along(agents, sources, readers)
         if by_message:
-            routes.append(MessageRoute(gpu, agents.comm, published, sources, readers))
+            routes.append(MessageRoute(gpu, agents.comm, published, turns))
         else:
-            routes.append(StagedRoute(gpu, agents.comm, published, sources, readers, chunk_bytes))
+            routes.append(StagedRoute(gpu, agents.comm, published, turns, chunk_bytes))
     edges = []
     for source in agents.sources:
         if source in mine:

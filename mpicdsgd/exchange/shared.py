@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mpicdsgd.agents import Agents
 from mpicdsgd.exchange.carrier import WIRE_DTYPE
 from mpicdsgd.exchange.header import HEADER_BYTES
-from mpicdsgd.exchange.neighbor import Blocks, aligned, blocks_of
+from mpicdsgd.exchange.memory import bytes_of
 
 SHARED_MEMORY = "/dev/shm"
 _SPARE = 1.1  # of what is needed, for the MPI library's own
@@ -86,73 +86,25 @@ class SharedRoute:
     """
 
     def __init__(self, published: SharedPublished, sources: Sequence[int]) -> None:
-        self.sources = tuple(sources)
-        self._near = [published.of(source) for source in sources]
+        self._near = {source: published.of(source) for source in sources}
 
-    def start(self, post: int) -> None:
+    def start(self, post: int, turn: int) -> None:
         pass
 
-    def advance(self, post: int, told: bool) -> bool:
-        return told
+    def advance(self, post: int, partners: frozenset[int] | None) -> bool:
+        return partners is not None
 
-    def take(self, post: int) -> list[NDArray[Any]]:
-        return [buffers[post % 2] for buffers in self._near]
+    def take(self, post: int) -> dict[int, NDArray[Any]]:
+        return {source: buffers[post % 2] for source, buffers in self._near.items()}
 
     def settle(self) -> None:
         pass
 
     def release(self) -> None:
-        self._near = []
+        self._near = {}
 
     def free(self) -> None:
         pass
-
-
-class MessageRoute:
-    """From other nodes, by messages. See `tokens.Route`; made and freed by all agents together."""
-
-    def __init__(
-        self,
-        agents: Agents,
-        published: SharedPublished,
-        sources: Sequence[int],
-        destinations: Sequence[int],
-    ) -> None:
-        self.sources = tuple(sources)
-        self._published = published
-        self._blocks = Blocks(agents.comm, sources, destinations)
-        self._receive = aligned(published.size_bytes * len(sources))
-        slots = np.split(self._receive, len(sources)) if sources else []
-        buffer = published.buffer(0)
-        self._near = [slot[: buffer.nbytes].view(buffer.dtype) for slot in slots]
-        self._request: MPI.Request | None = None
-
-    def start(self, post: int) -> None:
-        count = self._published.size_bytes // HEADER_BYTES
-        send = MPI.buffer.fromaddress(
-            self._published.buffer(post).ctypes.data, self._published.size_bytes
-        )
-        self._request = self._blocks.start(send, self._receive, count)
-
-    def advance(self, post: int, told: bool) -> bool:
-        return self._request is not None and self._request.Test()
-
-    def take(self, post: int) -> list[NDArray[Any]]:
-        return list(self._near)
-
-    def settle(self) -> None:
-        pass
-
-    def release(self) -> None:
-        pass
-
-    def free(self) -> None:
-        self._blocks.free()
-
-
-def bytes_of(size: int, wire: str) -> int:
-    """Bytes of a published buffer, in whole blocks of 64."""
-    return HEADER_BYTES * blocks_of(size * np.dtype(WIRE_DTYPE[wire]).itemsize)
 
 
 def why_not(ranks: int, size: int, wire: str) -> str:

@@ -14,7 +14,7 @@ from mpi4py import MPI
 
 from mpicdsgd.exchange.device import DevicePublished
 from mpicdsgd.exchange.header import HEADER_BYTES
-from mpicdsgd.exchange.neighbor import Blocks
+from mpicdsgd.exchange.messages import Ends, Messages, Requests
 from mpicdsgd.gpu import Gpu
 
 CHUNK_BYTES = 4 << 20
@@ -30,7 +30,7 @@ class StagedRoute:
 
     Args:
         comm: the agents'; all of them make the route, also those without such an edge.
-        sources, destinations: whose values come this way, and to whom this agent's go, ascending.
+        turns: of each turn, what goes this way; see `messages.Messages`.
         chunk_bytes: the same on all agents.
     """
 
@@ -39,34 +39,33 @@ class StagedRoute:
         gpu: Gpu,
         comm: MPI.Intracomm,
         published: DevicePublished,
-        sources: Sequence[int],
-        destinations: Sequence[int],
+        turns: Sequence[Ends],
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         self._gpu, self._published = gpu, published
-        self.sources = tuple(sources)
-        self._sends = bool(destinations)
-        self._takes_part = bool(sources or destinations)
-        self._blocks = Blocks(comm, sources, destinations)
+        self._turn = 0
+        self._messages = Messages(comm, turns)
         total = published.size_bytes // HEADER_BYTES
         self._slot = total
         step = max(1, chunk_bytes // HEADER_BYTES)
         self._chunks = [(i, min(step, total - i)) for i in range(0, total, step)]
-        self._send = gpu.pinned(published.size_bytes if destinations else 0)
-        self._receive = gpu.pinned(published.size_bytes * len(sources))
-        self._memory = gpu.malloc(published.size_bytes * len(sources))
+        self._send = gpu.pinned(published.size_bytes if any(to for _, to in turns) else 0)
+        self._receive = gpu.pinned(published.size_bytes * self._messages.slots)
+        self._memory = gpu.malloc(published.size_bytes * self._messages.slots)
         self._down, self._up = gpu.new_stream(), gpu.new_stream()
         self._on_host = [gpu.event() for _ in self._chunks]
         self._here = gpu.event()
-        self._requests: list[MPI.Request] = []
+        self._requests: list[Requests] = []
         self._arrived = 0
 
-    def start(self, post: int) -> None:
+    def start(self, post: int, turn: int) -> None:
+        self._turn = turn
+        _, readers = self._messages.turns[turn]
         self._gpu.wait(self._down, self._published.events[post % 2])
         self._gpu.wait(self._down, self._here)  # for agents that leave: no pass has waited for it
         source = self._published.buffer(post)
         for (first, count), event in zip(self._chunks, self._on_host, strict=True):
-            if self._sends:
+            if readers:
                 to = self._send.ctypes.data + first * HEADER_BYTES
                 size = count * HEADER_BYTES
                 self._gpu.copy(to, source + first * HEADER_BYTES, size, self._down)
@@ -74,14 +73,18 @@ class StagedRoute:
         self._requests = []
         self._arrived = 0
 
-    def advance(self, post: int, told: bool) -> bool:
-        while len(self._requests) < len(self._chunks):
+    def advance(self, post: int, partners: frozenset[int] | None) -> bool:
+        may_start = self._messages.may_start(partners)
+        while may_start and len(self._requests) < len(self._chunks):
             chunk = len(self._requests)
-            if self._takes_part and not self._gpu.done(self._on_host[chunk]):
+            if any(self._messages.turns[self._turn]) and not self._gpu.done(self._on_host[chunk]):
                 break
             first, count = self._chunks[chunk]
-            request = self._blocks.start(self._send, self._receive, count, first, self._slot)
-            self._requests.append(request)
+            requests = self._messages.start(
+                self._send, self._receive, count, self._turn,
+                partners=partners, first=first, slot=self._slot,
+            )  # fmt: skip
+            self._requests.append(requests)
         while self._arrived < len(self._requests) and self._requests[self._arrived].Test():
             self._to_device(*self._chunks[self._arrived])
             self._arrived += 1
@@ -89,11 +92,11 @@ class StagedRoute:
                 self._gpu.record(self._here, self._up)
         return self._arrived == len(self._chunks)
 
-    def take(self, post: int) -> list[int]:
+    def take(self, post: int) -> dict[int, int]:
         if self._chunks:
             self._gpu.wait(self._published.stream, self._here)
-        size = self._published.size_bytes
-        return [self._memory + i * size for i in range(len(self.sources))]
+        sources, size = self._messages.turns[self._turn][0], self._published.size_bytes
+        return {source: self._memory + i * size for i, source in enumerate(sources)}
 
     def settle(self) -> None:
         self._gpu.finish(self._down)
@@ -110,10 +113,10 @@ class StagedRoute:
         self._gpu.free(self._memory)
         self._gpu.unpin(self._send)
         self._gpu.unpin(self._receive)
-        self._blocks.free()
+        self._messages.free()
 
     def _to_device(self, first: int, count: int) -> None:
-        for i in range(len(self.sources)):
+        for i in range(len(self._messages.turns[self._turn][0])):
             at = (i * self._slot + first) * HEADER_BYTES
             source = self._receive.ctypes.data + at
             self._gpu.copy(self._memory + at, source, count * HEADER_BYTES, self._up)
@@ -127,31 +130,36 @@ class MessageRoute:
         gpu: Gpu,
         comm: MPI.Intracomm,
         published: DevicePublished,
-        sources: Sequence[int],
-        destinations: Sequence[int],
+        turns: Sequence[Ends],
     ) -> None:
         self._gpu, self._published = gpu, published
-        self.sources = tuple(sources)
-        self._blocks = Blocks(comm, sources, destinations)
-        self._memory = gpu.malloc(published.size_bytes * len(sources))
-        self._receive = device_buffer(self._memory, published.size_bytes * len(sources))
-        self._request: MPI.Request | None = None
+        self._turn = 0
+        self._messages = Messages(comm, turns)
+        room = published.size_bytes * self._messages.slots
+        self._memory = gpu.malloc(room)
+        self._receive = device_buffer(self._memory, room)
+        self._requests: Requests | None = None
 
-    def start(self, post: int) -> None:
-        self._request = None
+    def start(self, post: int, turn: int) -> None:
+        self._turn = turn
+        self._requests = None
 
-    def advance(self, post: int, told: bool) -> bool:
+    def advance(self, post: int, partners: frozenset[int] | None) -> bool:
         # MPI knows no streams: it may read what a pass wrote, and overwrite what it read, once that
         # pass is done.
-        if self._request is None and self._gpu.done(self._published.events[post % 2]):
+        may_start = self._messages.may_start(partners) and self._requests is None
+        if may_start and self._gpu.done(self._published.events[post % 2]):
             size = self._published.size_bytes
             send = device_buffer(self._published.buffer(post), size)
-            self._request = self._blocks.start(send, self._receive, size // HEADER_BYTES)
-        return self._request is not None and self._request.Test()
+            count = size // HEADER_BYTES
+            self._requests = self._messages.start(
+                send, self._receive, count, self._turn, partners=partners
+            )
+        return self._requests is not None and self._requests.Test()
 
-    def take(self, post: int) -> list[int]:
-        size = self._published.size_bytes
-        return [self._memory + i * size for i in range(len(self.sources))]
+    def take(self, post: int) -> dict[int, int]:
+        sources, size = self._messages.turns[self._turn][0], self._published.size_bytes
+        return {source: self._memory + i * size for i, source in enumerate(sources)}
 
     def settle(self) -> None:
         pass
@@ -161,7 +169,7 @@ class MessageRoute:
 
     def free(self) -> None:
         self._gpu.free(self._memory)
-        self._blocks.free()
+        self._messages.free()
 
 
 def device_buffer(address: int, size_bytes: int) -> Any:

@@ -5,6 +5,7 @@ An agent publishes into two buffers in turn: post n shows what lies in buffer n 
 its token n says that post n may be read; to its sources, that it has done with reading their post
 n - 1, whose buffer their next pass will overwrite. So before pass n an agent holds token n of all
 its peers. (Along the edges alone, agents on directed graphs would overwrite what is being read.)
+Where the graph changes by turns, the peers are those of all turns: 64 bytes to each, in every post.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from mpi4py import MPI
 
 from mpicdsgd.agents import Agents
 from mpicdsgd.exchange.carrier import Edge
-from mpicdsgd.exchange.header import HEADER_BYTES
-from mpicdsgd.exchange.neighbor import Blocks, aligned
+from mpicdsgd.exchange.header import HEADER_BYTES, together
+from mpicdsgd.exchange.memory import aligned
+from mpicdsgd.exchange.messages import Messages, Requests
 
 
 class Published(Protocol):
@@ -47,22 +48,21 @@ class Published(Protocol):
 
 
 class Route(Protocol):
-    """How the values of some edges come here. All methods but `free` are local.
+    """How the values of some edges come here. All methods but `free` are local."""
 
-    Attributes:
-        sources: the agents whose values come this way, ascending.
-    """
+    def start(self, post: int, turn: int) -> None:
+        """Post ``post`` was marked: begin to send it along the turn's edges."""
 
-    sources: tuple[int, ...]
+    def advance(self, post: int, partners: frozenset[int] | None) -> bool:
+        """Move things on; True once all has come.
 
-    def start(self, post: int) -> None:
-        """Post ``post`` was marked: begin to send it."""
+        Args:
+            partners: None until the peers' tokens are here; then those who are at the same mixing
+                as this agent, as they, too, will find: where turns differ, values go to them alone.
+        """
 
-    def advance(self, post: int, told: bool) -> bool:
-        """Move things on; True once all has come. ``told``: the peers' tokens are here."""
-
-    def take(self, post: int) -> list[Any]:
-        """The values for the pass that was begun, one buffer for each source."""
+    def take(self, post: int) -> dict[int, Any]:
+        """The values for the pass that was begun: for each source of the turn a buffer."""
 
     def settle(self) -> None:
         """Wait until this route has nothing left to do."""
@@ -91,18 +91,17 @@ class TokenCarrier:
         edges: list[Edge],
     ) -> None:
         self._published, self._routes = published, routes
-        self._sources = agents.sources
+        self._turns = agents.turns
+        self._turn = 0
         self.peers = peers_of(agents)
-        self._tokens = Blocks(agents.comm, self.peers, self.peers)
+        self._tokens = Messages(agents.comm, [(self.peers, self.peers)])
         self.header = aligned(HEADER_BYTES)
         self._received = aligned(HEADER_BYTES * len(self.peers))
         self.headers = np.split(self._received, len(self.peers)) if self.peers else []
-        tokens = HEADER_BYTES * len(self.peers)
-        self.bytes_per_post = tokens + published.size_bytes * len(agents.destinations)
         self.edges = edges
         self._posts = 0
-        self._request: MPI.Request | None = None
-        self._told = False
+        self._requests: Requests | None = None
+        self._partners: frozenset[int] | None = None
 
     @property
     def published(self) -> Any:
@@ -112,22 +111,30 @@ class TokenCarrier:
     def previous(self) -> Any:
         return self._published.buffer(self._posts - 1)
 
-    def start(self) -> None:
+    @property
+    def bytes_per_post(self) -> int:
+        values = self._published.size_bytes * len(self._turns[self._turn].destinations)
+        return HEADER_BYTES * len(self.peers) + values
+
+    def start(self, turn: int) -> None:
         post = self._posts
+        self._turn = turn
         self._published.mark(post)
         self._posts += 1
         for route in self._routes:
-            route.start(post)
-        self._told = False
-        self._request = self._tokens.start(self.header, self._received, 1)
+            route.start(post, turn)
+        self._partners = None
+        self._received[:] = 0
+        self._requests = self._tokens.start(self.header, self._received, 1)
 
     def advance(self) -> bool:
-        assert self._request is not None
-        if not self._told:
-            self._told = self._request.Test()
-        done = self._told
+        assert self._requests is not None
+        if self._partners is None and self._requests.Test():
+            near = zip(self.peers, self.headers, strict=True)
+            self._partners = frozenset(p for p, slot in near if together(self.header, slot))
+        done = self._partners is not None
         for route in self._routes:  # each moves on, whatever the others say
-            done = route.advance(self._posts - 1, self._told) and done
+            done = route.advance(self._posts - 1, self._partners) and done
         return done
 
     def take(self) -> list[Any]:
@@ -135,8 +142,8 @@ class TokenCarrier:
         self._published.begin_pass(post)
         near: dict[int, Any] = {}
         for route in self._routes:
-            near |= zip(route.sources, route.take(post), strict=True)
-        return [near[source] for source in self._sources]
+            near |= route.take(post)
+        return [near[source] for source in self._turns[self._turn].sources]
 
     def settle(self) -> None:
         self._published.settle()
@@ -155,5 +162,5 @@ class TokenCarrier:
 
 
 def peers_of(agents: Agents) -> tuple[int, ...]:
-    """The agents with an edge from or to this one, ascending."""
+    """The agents that ever have an edge from or to this one, ascending."""
     return tuple(sorted({*agents.sources, *agents.destinations}))

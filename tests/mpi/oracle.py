@@ -33,6 +33,7 @@ from mpicdsgd import (
     graph_from_spec,
     mixing_from_spec,
 )
+from mpicdsgd.cycle import Mixing
 
 Matrix = NDArray[np.float64]
 Gradient = Callable[[int, Matrix], tuple[Matrix, NDArray[np.bool_]]]
@@ -104,7 +105,7 @@ def unflatten(x_D: NDArray[Any]) -> list[NDArray[Any]]:
 
 
 def cdmsgd(
-    Pi: Matrix,
+    Pi: Matrix | list[Matrix],
     X: Matrix,
     gradient: Gradient,
     steps: int,
@@ -121,12 +122,13 @@ def cdmsgd(
     """X and V after ``steps`` steps of CDSGD ("none"), "polyak", "nesterov" or "look-ahead".
 
     Args:
+        Pi: the mixing matrix, or those that are used in turn.
         alpha: step size at step k, a number or an array of shape (D,).
         mu, decay: numbers or arrays of shape (D,).
         V, start: momentum and number of the first step, to go on.
         after: what somebody makes of X by hand after step k.
     """
-    M = np.linalg.matrix_power(Pi, tau)
+    turns = Pi if isinstance(Pi, list) else [Pi]
     X = X.astype(np.float64)
     V = np.zeros_like(X) if V is None else V
     for k in range(start, start + steps):
@@ -135,7 +137,9 @@ def cdmsgd(
         A = alpha(k) * (G + decay * at)
         V = np.where(given, mu * V - A, V)
         push = {"none": -A, "polyak": V, "nesterov": mu * V - A, "look-ahead": V}[form]
-        X = after(k, M @ X + np.where(given, push, 0.0))
+        for mixing in range(k * tau, (k + 1) * tau):
+            X = turns[mixing % len(turns)] @ X
+        X = after(k, X + np.where(given, push, 0.0))
     return X, V
 
 
@@ -215,12 +219,16 @@ def gather(comm: MPI.Intracomm, x_D: NDArray[Any]) -> Matrix:
     return np.array(comm.allgather(x_D), dtype=np.float64)
 
 
-def matrix(n: int, topology: str = "ring", mixing: str = "metropolis") -> MixingMatrix:
+def matrix(n: int, topology: str = "ring", mixing: str = "metropolis") -> Mixing:
     """The mixing matrix; the test is skipped, on all ranks alike, where n does not fit."""
     try:
         return mixing_from_spec(mixing, graph_from_spec(topology, n))
     except UserError as error:
         pytest.skip(str(error))
+
+
+def turns_of(agents: Agents) -> list[Matrix]:
+    return [turn.Pi for turn in agents.mixing.turns]
 
 
 def random_matrix(n: int, symmetric: bool) -> MixingMatrix:

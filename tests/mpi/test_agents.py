@@ -37,9 +37,11 @@ def test_attributes(comm: MPI.Intracomm) -> None:
     agents = Agents(comm, matrix(comm.size, "star"))
     assert (agents.rank, agents.size) == (comm.rank, comm.size)
     assert agents.sources == agents.destinations == agents.graph.sources[comm.rank]
-    assert agents.self_weight + sum(agents.weights) == pytest.approx(1.0)
+    (turn,) = agents.turns
+    assert turn.sources == agents.sources
+    assert turn.destinations == agents.destinations
     Pi = agents.mixing.Pi
-    assert [Pi[comm.rank, source] for source in agents.sources] == list(agents.weights)
+    assert [Pi[comm.rank, source] for source in agents.sources] == list(turn.weights)
     result = MPI.Comm.Compare(agents.comm, comm)
     assert result == MPI.CONGRUENT  # a duplicate: its messages never meet the caller's
 

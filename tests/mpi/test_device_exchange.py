@@ -46,13 +46,13 @@ def run_ahead(exchange: Exchange, agents: Agents, steps: int) -> None:
         if agents.device.type == "cuda":  # an emulated GPU makes pauses of its own
             torch.cuda._sleep(rng.choice([1, 10**6, 10**7]))
         gpu.copy(exchange.published, out[k].data_ptr(), 4 * SIZE, gpu.stream())
-        exchange.post(k)
+        exchange.post(k, turn=k % len(agents.turns))
         exchange.progress()
         for i, near in enumerate(exchange.wait(k)):
             gpu.copy(seen[k, i].data_ptr(), near, 4 * SIZE, gpu.stream())
     gpu.finish(gpu.stream())
     for k in range(steps):
-        for i, source in enumerate(agents.sources):
+        for i, source in enumerate(agents.turns[k % len(agents.turns)].sources):
             assert torch.equal(seen[k, i].cpu(), values(source, k)), (k, source, seen[k, i])
 
 
@@ -99,7 +99,10 @@ def test_values_whatever_the_streams_do(
     way = {"in place": "direct", "fetched": "direct", "messages": "neighbor"}.get(route, route)
     assert {edge.transport for edge in exchange.edges} <= {way}
     run_ahead(exchange, agents, 12)
-    assert exchange.bytes_sent == 12 * exchange._carrier.bytes_per_post
+    values = sum(len(agents.turns[k % len(agents.turns)].destinations) for k in range(12))
+    size = -(-4 * SIZE // 64) * 64
+    peers = {*agents.sources, *agents.destinations}
+    assert exchange.bytes_sent == 12 * 64 * len(peers) + size * values
     end(exchange, agents, 12)
 
 
@@ -316,7 +319,7 @@ def test_chunks_are_all_that_is_sent() -> None:
     agents = agents_with(comm, "ring")
     gpu: Any = agents.gpu
     published = routing.DevicePublished(gpu, 1000, "float32", shared=False)
-    route = staged.StagedRoute(gpu, comm, published, (), (), chunk_bytes=1024)
+    route = staged.StagedRoute(gpu, comm, published, [((), ())], chunk_bytes=1024)
     assert route._chunks == [(0, 16), (16, 16), (32, 16), (48, 15)]
     route.free()
     published.free()

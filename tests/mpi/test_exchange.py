@@ -26,7 +26,10 @@ from mpicdsgd import (
 from mpicdsgd.exchange import Exchange, Fault, open_exchange, shared
 from mpicdsgd.exchange.tokens import TokenCarrier
 
-GRAPHS = ["complete", "ring", "chain", "star", "torus", "hypercube", "expo", "one-way"]
+GRAPHS = [
+    "complete", "ring", "chain", "star", "torus", "hypercube", "expo", "one-way", "one-peer",
+    "matchings",
+]  # fmt: skip
 
 
 def agents_on(comm: MPI.Intracomm, topology: str, **options: Any) -> Agents:
@@ -36,6 +39,10 @@ def agents_on(comm: MPI.Intracomm, topology: str, **options: Any) -> Agents:
         graph = Graph.from_edges(n, edges, directed=True)
         Pi = (np.eye(n) + np.roll(np.eye(n), 1, axis=0)) / 2
         return Agents(comm, from_matrix(Pi if n > 1 else np.eye(1), graph), **options)
+    if topology == "one-peer":  # these two change by turns
+        return make_agents(comm, "expo", "one-peer", **options)
+    if topology == "matchings":
+        return make_agents(comm, "complete", "matchings", **options)
     mixing = "uniform" if topology == "expo" else "metropolis"
     return make_agents(comm, topology, mixing, **options)
 
@@ -49,11 +56,11 @@ def one_round(exchange: Exchange, agents: Agents, step: int, size: int) -> None:
     """Post step ``step`` and see all neighbours' patterns."""
     dtype = exchange.published.dtype
     exchange.published[:] = pattern(agents.rank, step, size, dtype)
-    exchange.post(step)
+    turn = step % len(agents.turns)
+    exchange.post(step, turn=turn)
     exchange.progress()
     received = exchange.wait(step)
-    assert len(received) == len(agents.sources)
-    for source, buffer in zip(agents.sources, received, strict=True):
+    for source, buffer in zip(agents.turns[turn].sources, received, strict=True):
         assert np.array_equal(buffer, pattern(source, step, size, dtype))
     assert np.array_equal(exchange.previous, pattern(agents.rank, step, size, dtype))
 
@@ -89,7 +96,8 @@ def test_values_on_every_graph(
     blocks = -(-size * exchange.published.itemsize // 64)
     told = {*agents.sources, *agents.destinations}  # tokens go both ways
     headers = len(told if isinstance(exchange._carrier, TokenCarrier) else agents.destinations)
-    assert exchange.bytes_sent == 4 * 64 * (headers + blocks * len(agents.destinations))
+    sent = sum(len(agents.turns[k % len(agents.turns)].destinations) for k in range(4))
+    assert exchange.bytes_sent == 64 * (4 * headers + blocks * sent)
     close(exchange, 4)
 
 
@@ -103,10 +111,11 @@ def test_nobody_reads_what_is_being_written(comm: MPI.Intracomm, topology: str) 
     for step in range(30):
         time.sleep(pauses.choice([0.0, 0.0, 0.002]))
         exchange.published[:] = comm.rank * 1000 + step
-        exchange.post(step)
+        turn = step % len(agents.turns)
+        exchange.post(step, turn=turn)
         received = exchange.wait(step)
         time.sleep(pauses.choice([0.0, 0.0, 0.002]))
-        for source, buffer in zip(agents.sources, received, strict=True):
+        for source, buffer in zip(agents.turns[turn].sources, received, strict=True):
             assert (buffer == source * 1000 + step).all()
     close(exchange, 30)
 
@@ -349,3 +358,48 @@ def test_nothing_is_wrong_at_first(comm: MPI.Intracomm) -> None:
     assert exchange.stop_step > 10**15
     assert (exchange.wait_s, exchange.bytes_sent) == (0.0, 0)
     exchange.close()
+
+
+@pytest.mark.parametrize("transport", ["direct", "neighbor", "both"])
+@pytest.mark.parametrize("topology", ["one-peer", "matchings"])
+def test_turns_with_one_agent_behind(comm: MPI.Intracomm, topology: str, transport: str) -> None:
+    """It publishes while the others step, so they are at another turn: told, nothing swapped."""
+    if comm.size < 3:
+        pytest.skip("needs two turns")
+    agents = agents_on(comm, topology)
+    if transport == "both":
+        agents = copy.copy(agents)
+        agents.node = agents.rank // 2 * 2
+        transport = "auto"
+    size = 1 << 20  # beyond what MPI sends unasked
+    exchange = open_exchange(agents, size, ExchangeConfig(transport=transport, timeout_s=60))
+    for step in range(3):
+        one_round(exchange, agents, step, size)
+    step = 2 if comm.rank == 0 else 3
+    errors = (OutOfStep, AgentLeft)
+    with pytest.raises(errors):  # noqa: PT012, who is no peer of agent 0 hears of it later
+        for _ in range(9):
+            exchange.published[:] = pattern(agents.rank, step, size, np.float32)
+            exchange.post(step, turn=step % len(agents.turns))
+            exchange.wait(step)
+            step += 1
+    exchange.close()
+
+
+@pytest.mark.parametrize("transport", ["direct", "neighbor"])
+@pytest.mark.parametrize("topology", ["one-peer", "matchings"])
+def test_turns_until_somebody_leaves(comm: MPI.Intracomm, topology: str, transport: str) -> None:
+    if comm.size == 1:
+        pytest.skip("nobody else could leave")
+    agents = agents_on(comm, topology)
+    exchange = open_exchange(agents, 4, ExchangeConfig(transport=transport, timeout_s=60))
+    exchange.post(0)
+    error = None
+    try:
+        for step in range(2 if comm.rank == 0 else 9):
+            exchange.wait(step)
+            exchange.post(step + 1, turn=(step + 1) % len(agents.turns))
+    except AgentLeft as left:
+        error = left
+    exchange.close()
+    assert comm.rank == 0 or "agent 0 left after step 2" in str(error)

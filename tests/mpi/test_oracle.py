@@ -22,6 +22,7 @@ from oracle import (
     relative,
     spread,
     train,
+    turns_of,
 )
 
 from mpicdsgd import CDMSGD, CDSGD, Agents, ExchangeConfig, Mixed, schedule
@@ -42,6 +43,10 @@ TOPOLOGIES = [
     ("regular:2,seed=1", "uniform"),
     ("erdos-renyi:0.8,seed=1", "metropolis"),
     ("watts-strogatz:2,0.3,seed=1", "metropolis"),
+    ("expo", "one-peer"),
+    ("ring", "matchings"),
+    ("complete", "matchings"),
+    ("star", "lazy:matchings"),
 ]
 
 
@@ -67,7 +72,7 @@ def test_topologies(comm: MPI.Intracomm, topology: str, mixing: str) -> None:
     opt = CDMSGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01, agents=agents)
     train(opt, net, STEPS)
     X, V = cdmsgd(
-        agents.mixing.Pi, problem.start, problem.gradient, STEPS, lambda k: 0.05,
+        turns_of(agents), problem.start, problem.gradient, STEPS, lambda k: 0.05,
         form="nesterov", mu=0.9, decay=0.01,
     )  # fmt: skip
     compare(comm, opt, net, X, V)
@@ -99,15 +104,16 @@ FORMS = ["none", "polyak", "nesterov", "look-ahead"]
 
 @pytest.mark.parametrize("tau", [1, 3])
 @pytest.mark.parametrize("form", FORMS)
-def test_algorithms(comm: MPI.Intracomm, form: str, tau: int) -> None:
+@pytest.mark.parametrize(("topology", "mixing"), [("ring", "metropolis"), ("expo", "one-peer")])
+def test_algorithms(comm: MPI.Intracomm, topology: str, mixing: str, form: str, tau: int) -> None:
     """The four forms, with weight decay, with one and with three mixing rounds per step."""
-    agents = make_agents(comm)
+    agents = make_agents(comm, topology, mixing)
     problem = Problem(comm.size)
     net = Net(problem, comm.rank)
     opt = of_kind(form, net, agents, 0.05, weight_decay=0.02, rounds=tau)
     train(opt, net, STEPS)
     X, V = cdmsgd(
-        agents.mixing.Pi, problem.start, problem.gradient, STEPS, lambda k: 0.05,
+        turns_of(agents), problem.start, problem.gradient, STEPS, lambda k: 0.05,
         form=form, mu=0.9, decay=0.02, tau=tau,
     )  # fmt: skip
     compare(comm, opt, net, X, None if form == "none" else V)
