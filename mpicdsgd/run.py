@@ -202,7 +202,8 @@ class Run:
             f"train loss {line['train_loss']['mean']:.4f}  test loss "
             f"{line['test_loss']['mean']:.4f}  test accuracy {test['mean']:.4f} "
             f"(std {test['std']:.4f}, averaged model {average['test_accuracy']:.4f})  "
-            f"consensus distance {line['consensus']['max']:.2e}  {line['time_s']:.0f} s"
+            f"consensus distance {line['consensus']['max']:.2e}  {line['time_s']:.0f} s, "
+            f"{1e3 * line['wait_s'] / max(done, 1):.1f} ms a step waiting"
         )
 
     def _save(self) -> None:

@@ -108,7 +108,9 @@ def mixing_from_spec(spec: str, graph: Graph) -> Mixing:
 
 def _path(path: str, what: str, example: str) -> str:
     if not path.strip():
-        raise UserError(f"{what} {example.partition(':')[0]}: needs a path after the colon, as in {example}")
+        raise UserError(
+            f"{what} {example.partition(':')[0]}: needs a path after the colon, as in {example}"
+        )
     return path.strip()
 
 

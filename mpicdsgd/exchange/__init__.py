@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mpi4py import MPI
+
 from mpicdsgd.agents import Agents
 from mpicdsgd.errors import UserError
 from mpicdsgd.exchange.carrier import WIRE_DTYPE, Carrier, Edge
@@ -38,6 +40,9 @@ __all__ = [
 ]
 
 
+PROGRESS = ("auto", "thread", "hooks")
+
+
 @dataclass(frozen=True)
 class ExchangeConfig:
     """Section ``[exchange]`` of a run's config."""
@@ -46,6 +51,9 @@ class ExchangeConfig:
     wire: str = "float32"
     timeout_s: float = 300.0
     prefetch: str = "auto"  # "always", "never": fetch direct neighbours' values from other GPUs
+    progress: str = (
+        "auto"  # "thread", "hooks": who moves messages during the gradient, see `helper`
+    )
 
 
 def open_exchange(agents: Agents, size: int, config: ExchangeConfig) -> Exchange:
@@ -70,6 +78,12 @@ def open_exchange(agents: Agents, size: int, config: ExchangeConfig) -> Exchange
             raise UserError(
                 f'exchange.prefetch must be one of {", ".join(PREFETCH)}, got "{config.prefetch}"'
             )
+        if config.progress not in PROGRESS:
+            raise UserError(
+                f'exchange.progress must be one of {", ".join(PROGRESS)}, got "{config.progress}"'
+            )
+        if config.progress == "thread" and (why := _why_no_thread(agents)):
+            raise UserError(f'exchange.progress = "thread": {why}; use "auto" or "hooks"')
         if config.wire not in WIRE_DTYPE:
             raise UserError(
                 f'exchange.wire must be one of {", ".join(WIRE_DTYPE)}, got "{config.wire}"'
@@ -77,7 +91,9 @@ def open_exchange(agents: Agents, size: int, config: ExchangeConfig) -> Exchange
         if not config.timeout_s > 0:
             raise UserError(f"exchange.timeout_s must be positive, got {config.timeout_s}")
     agents.require_same("the exchange's buffers", f"{size} elements of {config.wire}")
-    agents.require_same("exchange.transport", f"{config.transport} {config.prefetch}")
+    agents.require_same(
+        "exchange.transport", f"{config.transport} {config.prefetch} {config.progress}"
+    )
     carrier: Carrier = (
         open_host_carrier(agents, size, config.wire, config.transport)
         if agents.gpu is None
@@ -85,4 +101,18 @@ def open_exchange(agents: Agents, size: int, config: ExchangeConfig) -> Exchange
             agents, agents.gpu, size, config.wire, config.transport, config.prefetch
         )
     )
-    return Exchange(agents, carrier, config.timeout_s)
+    by_message = any(edge.transport != "direct" for edge in carrier.edges)
+    by_thread = config.progress == "thread" or (
+        config.progress == "auto"
+        and not _why_no_thread(agents)
+        and agents.comm.allreduce(by_message, MPI.LOR)
+    )
+    return Exchange(agents, carrier, config.timeout_s, by_thread)
+
+
+def _why_no_thread(agents: Agents) -> str:
+    if agents.gpu is not None:
+        return "on GPUs the hooks do it: the host runs ahead of the GPU and waits there"
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        return "MPI was started without support for several threads at once"
+    return ""

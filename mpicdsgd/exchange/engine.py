@@ -24,6 +24,7 @@ from mpicdsgd.exchange import header as hd
 from mpicdsgd.exchange.carrier import Carrier, Edge
 from mpicdsgd.exchange.errors import AgentFault, AgentLeft, AgentMissing, OutOfStep
 from mpicdsgd.exchange.header import NEVER, Fault, Header, Reason
+from mpicdsgd.exchange.helper import Helper
 
 log = logging.getLogger("mpicdsgd")
 
@@ -41,6 +42,7 @@ class Exchange:
         agents: the agents; opening is collective over their communicator.
         carrier: what moves the values; the exchange closes it.
         timeout_s: how long `wait` and `close` wait for neighbours, in seconds.
+        by_thread: whether a thread moves the data between `post` and `wait`, not `progress` alone.
 
     Attributes:
         published: the buffer to fill before `post`, shape (D,) (on a GPU: its address).
@@ -53,8 +55,11 @@ class Exchange:
         before_closing: called when closing begins, also at exit: the last chance to `report`.
     """
 
-    def __init__(self, agents: Agents, carrier: Carrier, timeout_s: float) -> None:
+    def __init__(
+        self, agents: Agents, carrier: Carrier, timeout_s: float, by_thread: bool = False
+    ) -> None:
         self._carrier = carrier
+        self._helper = Helper(carrier.advance) if by_thread else None
         self._all: MPI.Intracomm = agents.comm.Dup()
         self._rank = agents.rank
         self._destinations = agents.destinations
@@ -128,7 +133,7 @@ class Exchange:
 
     def progress(self) -> None:
         """Let MPI move data, for a moment. May be called at any time."""
-        if self._under_way:
+        if self._under_way and self._helper is None:
             self._carrier.advance()
 
     def wait(self, step: int, mixing_round: int = 0) -> list[Any]:
@@ -146,6 +151,8 @@ class Exchange:
                 "is a forked child process"
             )
         start = time.perf_counter()
+        if self._helper is not None:
+            self._helper.end()
         patience = Patience(self._timeout_s)
         while not self._carrier.advance():
             if not patience.pause():
@@ -179,6 +186,9 @@ class Exchange:
         if self._closed:
             return
         self._closed = True
+        if self._helper is not None:
+            self._helper.stop()
+            self._helper = None
         self.before_closing()
         self.before_closing = _nothing  # it refers to who refers to this: memory is given back now
         if self._found:  # after the last post
@@ -249,6 +259,8 @@ class Exchange:
         self._under_way = True
         self._carrier.start(turn)
         self.bytes_sent += self._carrier.bytes_per_post
+        if self._helper is not None:
+            self._helper.begin()
 
     def _post_leaving(self) -> None:
         self._left = self._left or (self._step, self._rank)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import threading
 import time
 from typing import Any
 
@@ -24,6 +25,7 @@ from mpicdsgd import (
     from_matrix,
 )
 from mpicdsgd.exchange import Exchange, Fault, open_exchange, shared
+from mpicdsgd.exchange import header as hd
 from mpicdsgd.exchange.tokens import TokenCarrier
 
 GRAPHS = [
@@ -403,3 +405,68 @@ def test_turns_until_somebody_leaves(comm: MPI.Intracomm, topology: str, transpo
         error = left
     exchange.close()
     assert comm.rank == 0 or "agent 0 left after step 2" in str(error)
+
+
+@pytest.mark.parametrize("progress", ["thread", "hooks"])
+def test_who_moves_the_messages(comm: MPI.Intracomm, progress: str) -> None:
+    """Large ones come in while nobody calls, by the thread; by the hooks when they call."""
+    agents = agents_on(comm, "ring")
+    config = ExchangeConfig(transport="neighbor", progress=progress, timeout_s=60)
+    size = 1 << 21
+    exchange = open_exchange(agents, size, config)
+    threads = [t.name for t in threading.enumerate()]
+    assert ("mpicdsgd exchange" in threads) == (progress == "thread")
+    for step in range(5):
+        exchange.published[:] = pattern(agents.rank, step, size, np.float32)
+        exchange.post(step)
+        carrier: Any = exchange._carrier
+        end = time.monotonic() + 60
+        while any(hd.read(slot) is None for slot in carrier.headers):
+            assert time.monotonic() < end, "nothing comes in"
+            time.sleep(1e-3)
+            if progress == "hooks":
+                exchange.progress()
+        received = exchange.wait(step)
+        for source, buffer in zip(agents.sources, received, strict=True):
+            assert np.array_equal(buffer, pattern(source, step, size, np.float32))
+    close(exchange, 5)
+    assert "mpicdsgd exchange" not in [t.name for t in threading.enumerate()]
+
+
+def test_when_there_is_a_thread(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where something goes by messages, and MPI is ready for several threads."""
+
+    def threads(transport: str) -> int:
+        exchange = open_exchange(agents, 8, ExchangeConfig(transport=transport))
+        names = [t.name for t in threading.enumerate()]
+        exchange.close()
+        return names.count("mpicdsgd exchange")
+
+    agents = agents_on(comm, "ring")
+    assert threads("direct") == 0
+    assert threads("neighbor") == (comm.size > 1)
+    monkeypatch.setattr(MPI, "Query_thread", lambda: MPI.THREAD_SERIALIZED)
+    assert threads("neighbor") == 0
+    with pytest.raises(UserError, match=r'"thread": MPI was started without .*; use "auto"'):
+        open_exchange(agents, 8, ExchangeConfig(progress="thread"))
+    with pytest.raises(UserError, match=r"exchange\.progress must be one of"):
+        open_exchange(agents, 8, ExchangeConfig(progress="threads"))
+
+
+def test_what_the_thread_meets_is_raised_in_wait(
+    comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agents = agents_on(comm, "ring")
+    exchange = open_exchange(agents, 8, ExchangeConfig(progress="thread", timeout_s=60))
+    broken = threading.Event()
+
+    def advance() -> bool:
+        broken.set()
+        raise OSError("the network is down")
+
+    exchange._helper._advance = advance  # type: ignore[union-attr]
+    exchange.post(0)
+    assert broken.wait(60)
+    with pytest.raises(OSError, match="the network is down"):
+        exchange.wait(0)
+    exchange.close()

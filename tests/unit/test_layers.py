@@ -23,7 +23,7 @@ LAYERS: list[tuple[str, set[str]]] = [
                                 "plugins"}),
     ("machinery", {"native", "native.reference", "native.dispatch", "native._native", "shutdown",
                    "agreement", "agents", "arena", "exchange", "exchange.errors",
-                   "exchange.header", "exchange.memory", "exchange.messages",
+                   "exchange.header", "exchange.helper", "exchange.memory", "exchange.messages",
                    "exchange.neighbor", "exchange.carrier", "exchange.engine",
                    "exchange.tokens", "exchange.shared", "exchange.hosting", "exchange.device",
                    "exchange.direct", "exchange.staged", "exchange.routing", "exchange.probe",

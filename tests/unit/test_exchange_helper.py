@@ -1,0 +1,95 @@
+"""The thread that moves messages: it works alone, leaves off when told, hands over what it met."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from mpicdsgd.exchange.helper import Helper
+
+Make = Callable[[Callable[[], bool]], Helper]
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    made: list[Helper] = []
+
+    def new(advance: Callable[[], bool]) -> Helper:
+        made.append(Helper(advance))
+        return made[-1]
+
+    yield new
+    for helper in made:
+        helper.stop()
+    assert not any(t.name == "mpicdsgd exchange" for t in threading.enumerate())
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "the thread does nothing"
+        time.sleep(1e-3)
+
+
+def test_it_looks_until_all_has_come(make: Make) -> None:
+    looks: list[int] = []
+
+    def advance() -> bool:
+        looks.append(threading.get_ident())
+        return len(looks) % 5 == 0
+
+    helper = make(advance)
+    time.sleep(0.01)
+    assert not looks, "nobody began"
+    for rounds in (1, 2):
+        helper.begin()
+        until(lambda: len(looks) >= 5 * rounds)  # noqa: B023
+        time.sleep(0.01)
+        assert len(looks) == 5 * rounds, "it looks although all has come"
+        helper.end()
+    assert threading.get_ident() not in looks
+
+
+def test_it_leaves_off_at_once(make: Make) -> None:
+    """After `end` the carrier is the caller's alone."""
+    busy = threading.Event()
+    looks: list[bool] = []
+
+    def advance() -> bool:
+        busy.set()
+        time.sleep(2e-3)
+        busy.clear()
+        looks.append(True)
+        return False
+
+    helper = make(advance)
+    for _ in range(20):
+        helper.begin()
+        until(lambda: len(looks) > 0)
+        helper.end()
+        assert not busy.is_set()
+        looks.clear()
+        time.sleep(3e-3)
+        assert not looks
+
+
+def test_what_it_meets_is_raised_at_the_end(make: Make) -> None:
+    def advance() -> bool:
+        raise OSError("the network is down")
+
+    helper = make(advance)
+    helper.begin()
+    until(lambda: helper._error is not None)
+    with pytest.raises(OSError, match="the network is down"):
+        helper.end()
+    helper.end()
+
+
+def test_stopping_in_the_middle(make: Make) -> None:
+    helper = make(lambda: False)
+    helper.begin()
+    helper.stop()
+    helper.stop()
