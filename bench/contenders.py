@@ -222,14 +222,17 @@ def take_turns(comm: Any, contenders: dict[str, Contender], rounds: int, steps: 
 
 
 def agents_on(topology: str) -> mpicdsgd.Agents:
-    """The job's agents, on the CPU. Collective over COMM_WORLD."""
+    """The job's agents, on the CPU; "one-peer" changes by turns. Collective over COMM_WORLD."""
     from mpi4py import MPI
 
+    if topology == "one-peer":
+        mixing = mpicdsgd.one_peer_exponential(MPI.COMM_WORLD.size)
+        return mpicdsgd.Agents(MPI.COMM_WORLD, mixing, device="cpu")
     graph = mpicdsgd.graph_from_spec(topology, MPI.COMM_WORLD.size)
     return mpicdsgd.Agents(MPI.COMM_WORLD, mpicdsgd.metropolis(graph), device="cpu")
 
 
 def at_rest(optimizer: Any) -> None:
     """Return when what the last step sent has arrived, here and from here."""
-    while not optimizer.exchange._carrier.advance():  # `wait` would take it
+    while not optimizer.exchange.progress():  # `wait` would take it
         time.sleep(1e-4)

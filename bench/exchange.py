@@ -31,7 +31,7 @@ from kernel import aligned, compile_triad
 
 import mpicdsgd
 
-TOPOLOGIES = ("ring", "complete")
+TOPOLOGIES = ("ring", "complete", "one-peer")
 VERIFIED = 3  # steps
 TRIADS = ("triad", "triad, streaming")
 # So long, and so many passes in a step, that no cache holds it and all ranks do run at once.
@@ -91,7 +91,7 @@ class Script:
     Args:
         g: gradient, shape (D,), unchanged.
         near: room for the neighbours' parameters, shape (degree, D), of all scripts.
-        fetch: of own parameters and ``near``.
+        fetch: of own parameters and ``near``, in a turn of the cycle of mixing matrices.
     """
 
     def __init__(
@@ -100,17 +100,20 @@ class Script:
         size: int,
         g: Floats,
         near: Floats,
-        fetch: Callable[[Floats, Floats], None],
+        fetch: Callable[[Floats, Floats, int], None],
         update: Callable[..., None],
     ) -> None:
         self._x, self._v, self._g, self._near = flat(model_of(agents, size)), aligned(size), g, near
         self._v[:] = 0
-        self._weights = [np.float32(w) for w in agents.turns[0].weights]
+        self._weights = [[np.float32(w) for w in turn.weights] for turn in agents.turns]
+        self._steps = 0
         self._fetch, self._update = fetch, update
 
     def step(self) -> None:
-        self._fetch(self._x, self._near)
-        self._update(self._x, self._v, self._g, self._near, self._weights)
+        turn = self._steps % len(self._weights)
+        self._fetch(self._x, self._near, turn)
+        self._update(self._x, self._v, self._g, self._near, self._weights[turn])
+        self._steps += 1
 
     def x(self) -> Floats:
         return self._x
@@ -132,27 +135,32 @@ def torch_update(x: Floats, v: Floats, g: Floats, near: Floats, weights: list[An
     x_D.add_(v_D, alpha=MU).add_(g_D, alpha=-ALPHA)
 
 
-def fetches(agents: Any) -> dict[str, Callable[[Floats, Floats], None]]:
+def fetches(agents: Any) -> dict[str, Callable[[Floats, Floats, int], None]]:
     """Ways to get the neighbours' parameters. Collective."""
     from mpi4py import MPI
 
-    comm, sources, readers = agents.comm, agents.sources, agents.destinations
-    graph = comm.Create_dist_graph_adjacent(list(sources), list(readers), reorder=False)
+    comm, turns = agents.comm, agents.turns
+    graphs = [
+        comm.Create_dist_graph_adjacent(list(t.sources), list(t.destinations), reorder=False)
+        for t in turns
+    ]
 
-    def alltoallv(x: Floats, near: Floats) -> None:
-        send = [x, ([x.size] * len(readers), [0] * len(readers)), MPI.FLOAT]
+    def alltoallv(x: Floats, near: Floats, turn: int) -> None:
+        readers = len(turns[turn].destinations)
+        send = [x, ([x.size] * readers, [0] * readers), MPI.FLOAT]
         places = [i * x.size for i in range(len(near))]
         receive = [near, ([x.size] * len(near), places), MPI.FLOAT]
-        contenders.wait(graph.Ineighbor_alltoallv(send, receive))
+        contenders.wait(graphs[turn].Ineighbor_alltoallv(send, receive))
 
-    def isend(x: Floats, near: Floats) -> None:
-        requests = [comm.Irecv(p, source) for source, p in zip(sources, near, strict=True)]
-        contenders.wait_all(requests + [comm.Isend(x, reader) for reader in readers])
+    def isend(x: Floats, near: Floats, turn: int) -> None:
+        t = turns[turn]
+        requests = [comm.Irecv(p, source) for source, p in zip(t.sources, near, strict=True)]
+        contenders.wait_all(requests + [comm.Isend(x, reader) for reader in t.destinations])
 
-    def gloo(x: Floats, near: Floats) -> None:
-        mine = torch.from_numpy(x)
-        operations = [dist.P2POp(dist.isend, mine, reader) for reader in readers]
-        for source, p in zip(sources, near, strict=True):
+    def gloo(x: Floats, near: Floats, turn: int) -> None:
+        mine, t = torch.from_numpy(x), turns[turn]
+        operations = [dist.P2POp(dist.isend, mine, reader) for reader in t.destinations]
+        for source, p in zip(t.sources, near, strict=True):
             operations.append(dist.P2POp(dist.irecv, torch.from_numpy(p), source))
         for work in dist.batch_isend_irecv(operations):
             work.wait()
@@ -209,7 +217,8 @@ def measure(
 
     gradients = [p.grad for p in model_of(agents, size)]
     g = flat(gradients)
-    near = aligned(size * len(agents.sources)).reshape(-1, size)
+    degree = len(agents.turns[0].sources)  # the same in all turns
+    near = aligned(size * degree).reshape(-1, size)
     fetch = fetches(agents)
     alike: dict[str, Any] = {
         f"ours, {way}": Ours(agents, way, size, gradients) for way in ("direct", "neighbor")
@@ -239,7 +248,7 @@ def measure(
     for one in turns.values():
         one.close()
     # A triad's pass moves 12 bytes an element.
-    share = (len(agents.sources) + 6) / 3 * size / (triad_size * TRIAD_PASSES)
+    share = (degree + 6) / 3 * size / (triad_size * TRIAD_PASSES)
     both = [times.wall.pop(name) for name in TRIADS]
     seconds = {BYTES: [share * min(pair) for pair in zip(*both, strict=True)]}
     return seconds | times.wall, apart
@@ -277,9 +286,10 @@ def job(args: argparse.Namespace, size: int, rounds: int, steps: int) -> common.
     seen: list[Any] = []
     for topology in args.topologies.split(","):
         agents = contenders.agents_on(topology)
-        if agents.graph.sources in seen:
+        edges = [turn.graph.sources for turn in agents.mixing.turns]
+        if edges in seen:
             continue  # of two agents, a ring is complete
-        seen.append(agents.graph.sources)
+        seen.append(edges)
         seconds, apart = measure(agents, size, rounds, steps, triad_size)
         where = f"{topology}, {agents.size} ranks"
         results |= {f"{where}: {name}": common.spread(t) for name, t in seconds.items()}

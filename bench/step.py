@@ -2,11 +2,12 @@
 
 A step is zero_grad(set_to_none=True), forward, backward and the optimizer's, on a batch that stays
 what it is. Local is torch.optim.SGD with Nesterov momentum 0.9 and exchanges nothing, as torch
-makes it and with fused=True. Ours is CDMSGD on the ring (two neighbours, of two agents one) through
-shared memory (*direct*) and by messages (*neighbor*). Others, on gloo over the loopback:
-DistributedDataParallel, also with PostLocalSGD (parameters averaged every 4 steps, gradients
-never), and Decent-DP's two ways to meet one peer a step. All in one process a rank, in turn, in
-every round. Wall time is the slowest rank's, CPU time the ranks' mean, of all their threads.
+makes it and with fused=True. Ours is CDMSGD on the ring (two neighbours, of two agents one) and on
+the one-peer exponential graph, through shared memory (*direct*) and by messages (*neighbor*).
+Others, on gloo over the loopback: DistributedDataParallel, also with PostLocalSGD (parameters
+averaged every 4 steps, gradients never), and Decent-DP's two ways to meet one peer a step. All in
+one process a rank, in turn, in every round. Wall time is the slowest rank's, CPU time the ranks'
+mean, of all their threads.
 
     python bench/step.py [--ranks 2,4] [--models layer,mlp,cnn] [--quick] [--out FILE]
     mpiexec -n 4 python bench/step.py ...
@@ -46,6 +47,7 @@ LR, MU = 1e-4, 0.9
 IMAGE, CLASSES = (1, 28, 28), 10
 STEPS = 4  # in a block: PostLocalSGD's and Decent-DP's cycles divide it
 LOCAL, DIRECT, NEIGHBOR = "local", "ours, direct", "ours, neighbor"
+ONE_PEER = {"ours, one-peer, direct": "direct", "ours, one-peer, neighbor": "neighbor"}
 DECENT = {"Decent-DP, ring": "ring", "Decent-DP, one-peer": "one-peer-exp"}
 OTHERS = ("DDP", "DDP, PostLocalSGD", *DECENT)
 WITHOUT_DECENT = "not installed: pip install --no-deps decent-dp==0.2.3 loguru"
@@ -97,6 +99,7 @@ class Makers:
 
     def __init__(self, agents: Any, make: Callable[[], torch.nn.Module], batch: Any) -> None:
         self._agents, self._make, self._batch = agents, make, batch
+        self._one_peer = contenders.agents_on("one-peer")
         self.closing: list[Callable[[], object]] = []
 
     def model(self) -> torch.nn.Module:
@@ -108,11 +111,11 @@ class Makers:
         optimizer = sgd(model.parameters(), **more)
         return Trainer(model, self._batch, optimizer.zero_grad, optimizer.step)
 
-    def ours(self, way: str) -> Trainer:
+    def ours(self, way: str, agents: Any) -> Trainer:
         model = self.model()
         config = mpicdsgd.ExchangeConfig(transport=way, timeout_s=120.0)
         optimizer = mpicdsgd.CDMSGD(
-            model.parameters(), LR, MU, nesterov=True, agents=self._agents, exchange=config
+            model.parameters(), LR, MU, nesterov=True, agents=agents, exchange=config
         )
         self.closing.append(optimizer.close)
         return Trainer(model, self._batch, optimizer.zero_grad, optimizer.step,
@@ -148,7 +151,11 @@ class Makers:
 
     def all(self) -> dict[str, Trainer]:
         made = {LOCAL: self.local(), f"{LOCAL}, fused=True": self.local(fused=True)}
-        made |= {DIRECT: self.ours("direct"), NEIGHBOR: self.ours("neighbor")}
+        for name, way in {DIRECT: "direct", NEIGHBOR: "neighbor"}.items():
+            made[name] = self.ours(way, self._agents)
+        if self._agents.size > 2:  # of two agents both are the same pair
+            for name, way in ONE_PEER.items():
+                made[name] = self.ours(way, self._one_peer)
         made |= {"DDP": self.ddp(), "DDP, PostLocalSGD": self.post_local()}
         if DecentralizedDataParallel:
             made |= {name: self.decent(topology) for name, topology in DECENT.items()}

@@ -108,8 +108,9 @@ class Patience:
 
     def pause(self) -> bool:
         """Give the core away for a moment; False once the timeout has passed."""
-        # Spinning would take the core from the very neighbours waited for, where ranks share it.
-        time.sleep(0.0 if self.waited_s < 1e-3 else 1e-4)
+        # Spinning would take the core from the very neighbours waited for, where ranks share it. A
+        # pause in proportion to what was waited makes no wait much longer.
+        time.sleep(0.0 if self.waited_s < 1e-3 else min(1e-3, 0.05 * self.waited_s))
         now = time.perf_counter()
         self.waited_s += min(now - self._last, 1.0)
         self._last = now

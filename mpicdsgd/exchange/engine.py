@@ -131,10 +131,14 @@ class Exchange:
         header = Header(step, mixing_round, self._generation, self.stop_step, self.fault)
         self._post(header, turn)
 
-    def progress(self) -> None:
-        """Let MPI move data, for a moment. May be called at any time."""
-        if self._under_way and self._helper is None:
-            self._carrier.advance()
+    def progress(self) -> bool:
+        """Let MPI move data, for a moment; whether nothing is under way any more.
+
+        May be called at any time.
+        """
+        if not self._under_way:
+            return True
+        return self._carrier.advance() if self._helper is None else self._helper.is_done
 
     def wait(self, step: int, mixing_round: int = 0) -> list[Any]:
         """The neighbours' buffers after ``step`` steps, in agent order, once all have come.

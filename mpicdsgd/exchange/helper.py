@@ -32,6 +32,11 @@ class Helper:
         """Have the thread begin to look; it must not be looking."""
         self._wanted.set()
 
+    @property
+    def is_done(self) -> bool:
+        """Whether it has nothing to look for, or no more."""
+        return not self._wanted.is_set()
+
     def end(self) -> None:
         """Have the thread leave ``advance`` alone from now on; raise what it met there."""
         with self._lock:
