@@ -117,7 +117,10 @@ def read(slot: NDArray[np.uint8]) -> Header | None:
 
 
 def together(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> bool:
-    """Whether the agents that wrote two slots are at the same mixing, and both go on."""
+    """Whether the agents that wrote two slots are at the same mixing, and both go on.
+
+    An agent that leaves says round 0, whatever its turn is: two of them need not be together.
+    """
     a, b = read(one), read(other)
     return (
         a is not None

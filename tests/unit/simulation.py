@@ -1,8 +1,13 @@
-"""A simulated machine: streams, events and memory that notices races; see test_gpu_protocol.py.
+"""A simulated machine: streams, events, messages and memory that notices races.
 
 CUDA's rules: a host runs ahead of its streams; a stream does its work in order, at any later time;
 a wait is for the last record made before the call, and for nothing if there was none. Records and
 waits take effect at once: that somebody acts on them later is an order played anyway.
+
+MPI's rules: the messages of a pair meet the receives in the order of posting, and are then under
+way on their own, each at its pace. A send may be over before it has met a receive, or may not.
+
+See test_gpu_protocol.py.
 """
 
 from __future__ import annotations
@@ -13,6 +18,8 @@ from typing import Any
 
 Check = Callable[[], bool]
 Until = Generator[Check, None, None]  # yields what it waits for
+NOW: Check
+NEVER: Check
 NOW, NEVER = (lambda: True), (lambda: False)
 PARTS = range(2)  # of every buffer: the chunks of a staged transfer
 
@@ -107,6 +114,48 @@ class Stream:
         else:
             access.begin()
         self.busy = not self.busy
+
+
+class Channel:
+    """The messages from one agent to another.
+
+    Args:
+        start: called with the stream of a message when it may begin.
+        at_once: whether the next message may leave before its receive is posted.
+    """
+
+    def __init__(self, start: Callable[[Stream], None], at_once: Check) -> None:
+        self.start, self.at_once = start, at_once
+        self.sends: deque[tuple[Any, list[Memory], Stream]] = deque()
+        self.receives: deque[tuple[Any, list[Memory], Record]] = deque()
+
+    def send(self, label: Any, memory: list[Memory]) -> Check:
+        """Post a send; whether ``memory`` has been read. ``label``: which message this is."""
+        message, wire = [Memory() for _ in memory], Stream()
+        wire.queue.append(copy(memory, message))
+        gone = wire.record()
+        if self.at_once():
+            self.start(wire)
+        self.sends.append((label, message, wire))
+        self.meet()
+        return gone.is_done
+
+    def receive(self, label: Any, memory: list[Memory]) -> Check:
+        """Post a receive; whether the message has come. ``label``: which one is meant."""
+        arrived = Record()
+        self.receives.append((label, memory, arrived))
+        self.meet()
+        return arrived.is_done
+
+    def meet(self) -> None:
+        if not (self.sends and self.receives):
+            return
+        sent, message, wire = self.sends.popleft()
+        wanted, memory, arrived = self.receives.popleft()
+        if sent != wanted:
+            raise Race(f"message {sent} meets the receive of {wanted}")
+        wire.queue += [copy(message, memory), ("record", arrived)]
+        self.start(wire)
 
 
 class Host:
