@@ -47,8 +47,9 @@ class Helper:
 
     def stop(self) -> None:
         """End the thread for good; a second call does nothing."""
-        self._over.set()
-        self._wanted.set()
+        with self._lock:  # else the thread could clear it, as done, and sleep for ever
+            self._over.set()
+            self._wanted.set()
         self._thread.join()
 
     def _run(self) -> None:

@@ -93,3 +93,28 @@ def test_stopping_in_the_middle(make: Make) -> None:
     helper.begin()
     helper.stop()
     helper.stop()
+
+
+def test_stopping_as_the_last_look_succeeds(make: Make) -> None:
+    """The thread must not take `stop` for something that it has done."""
+    ended = []
+
+    def stop(helper: Helper) -> None:
+        helper.stop()
+        ended.append(helper)
+
+    for turn in range(300):
+        looking = threading.Event()
+
+        def advance(looking: threading.Event = looking, turn: int = turn) -> bool:
+            looking.set()
+            time.sleep(1e-5 * (turn % 30))
+            return True
+
+        helper = make(advance)
+        helper.begin()
+        looking.wait()
+        stopping = threading.Thread(target=stop, args=(helper,), daemon=True)
+        stopping.start()
+        stopping.join(60)
+        assert len(ended) == turn + 1, "it does not end"
