@@ -47,23 +47,19 @@ class Helper:
 
     def stop(self) -> None:
         """End the thread for good; a second call does nothing."""
-        with self._lock:  # else the thread could clear it, as done, and sleep for ever
+        with self._lock:  # else the thread could take this for what it has done, and clear it
             self._over.set()
             self._wanted.set()
         self._thread.join()
 
     def _run(self) -> None:
-        while True:
+        while not self._over.is_set():
             self._wanted.wait()
-            if self._over.is_set():
-                return
             with self._lock:
-                if self._wanted.is_set():
+                if self._wanted.is_set() and not self._over.is_set():
                     try:
                         done = self._advance()
-                    except (
-                        BaseException
-                    ) as error:  # it is the main thread's, which will wait for it
+                    except BaseException as error:  # whatever it is, `end` raises it
                         self._error, done = error, True
                     if done:
                         self._wanted.clear()

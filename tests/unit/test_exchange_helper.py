@@ -118,3 +118,32 @@ def test_stopping_as_the_last_look_succeeds(make: Make) -> None:
         stopping.start()
         stopping.join(60)
         assert len(ended) == turn + 1, "it does not end"
+
+
+class _LateLock:
+    """A lock that the thread gets only after somebody else had it."""
+
+    def __init__(self) -> None:
+        self._lock, self._used = threading.Lock(), threading.Event()
+        self._main = threading.get_ident()
+
+    def __enter__(self) -> None:
+        assert threading.get_ident() == self._main or self._used.wait(60)
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+        self._used.set()
+
+
+def test_stopping_before_the_last_look(make: Make) -> None:
+    """The thread was about to look when `stop` came, and finds that all has come."""
+    helper = make(lambda: True)
+    helper._lock = _LateLock()  # type: ignore[assignment]
+    helper.begin()
+    time.sleep(0.01)
+    with helper._lock:
+        helper._over.set()
+        helper._wanted.set()
+    helper._thread.join(30)
+    assert not helper._thread.is_alive(), "it does not end"
