@@ -143,15 +143,15 @@ def _cpu_text(row: common.Record) -> str:
     return f"  {row['cpu_s'] * 1e3:9.3f} ms of CPU" if "cpu_s" in row else ""
 
 
-def open_gloo(comm: Any) -> None:
-    """torch.distributed by gloo between the job's ranks, over the loopback. Collective."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", INTERFACE)
+def open_gloo(comm: Any, interface: str = INTERFACE, address: str = STORE) -> None:
+    """torch.distributed by gloo between the job's ranks, its store on rank 0. Collective."""
+    os.environ["GLOO_SOCKET_IFNAME"] = interface
     # The first store finds a free port by itself.
     store = None
     if comm.rank == 0:
-        store = dist.TCPStore(STORE, 0, comm.size, True, wait_for_workers=False)
+        store = dist.TCPStore(address, 0, comm.size, True, wait_for_workers=False)
     port = comm.bcast(store.port if store else 0)
-    store = store or dist.TCPStore(STORE, port, comm.size, False)
+    store = store or dist.TCPStore(address, port, comm.size, False)
     dist.init_process_group("gloo", store=store, rank=comm.rank, world_size=comm.size)
 
 

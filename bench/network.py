@@ -34,7 +34,6 @@ import common
 import contenders
 import numpy as np
 import torch
-import torch.distributed as dist
 from contenders import Contender
 from step import CLASSES, IMAGE, LR, MU, Trainer, sgd
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
@@ -207,18 +206,6 @@ class Contest:
 # A job
 
 
-def open_gloo(comm: Any, interface: str) -> None:
-    """torch.distributed by gloo over ``interface``, its store on rank 0. Collective."""
-    os.environ["GLOO_SOCKET_IFNAME"] = interface
-    address = comm.bcast(socket.gethostbyname(socket.gethostname()))
-    store = None
-    if comm.rank == 0:
-        store = dist.TCPStore(address, 0, comm.size, True, wait_for_workers=False)
-    port = comm.bcast(store.port if store else 0)
-    store = store or dist.TCPStore(address, port, comm.size, False)
-    dist.init_process_group("gloo", store=store, rank=comm.rank, world_size=comm.size)
-
-
 def cases(quick: bool) -> dict[str, tuple[Callable[[], torch.nn.Module], int, int, int]]:
     """Model, batch size, rounds and those of the parameter server, by name."""
 
@@ -238,7 +225,8 @@ def job(args: argparse.Namespace) -> common.Record:
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
-    open_gloo(comm, args.interface)
+    address = comm.bcast(socket.gethostbyname(socket.gethostname()))
+    contenders.open_gloo(comm, args.interface, address)
     mixings: dict[str, Any] = {
         RING: mpicdsgd.metropolis(mpicdsgd.ring(comm.size)),
         ONE_PEER: mpicdsgd.one_peer_exponential(comm.size),

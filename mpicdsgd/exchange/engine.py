@@ -190,9 +190,9 @@ class Exchange:
         if self._closed:
             return
         self._closed = True
-        if self._helper is not None:
-            self._helper.stop()
-            self._helper = None
+        helper, self._helper = self._helper, None
+        if helper is not None:
+            helper.stop()
         self.before_closing()
         self.before_closing = _nothing  # it refers to who refers to this: memory is given back now
         if self._found:  # after the last post

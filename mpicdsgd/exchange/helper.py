@@ -41,16 +41,20 @@ class Helper:
         """Have the thread leave ``advance`` alone from now on; raise what it met there."""
         with self._lock:
             self._wanted.clear()
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        self._raise()
 
     def stop(self) -> None:
-        """End the thread for good; a second call does nothing."""
+        """End the thread for good, and raise what it met; a second call does nothing."""
         with self._lock:  # else the thread could take this for what it has done, and clear it
             self._over.set()
             self._wanted.set()
         self._thread.join()
+        self._raise()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
 
     def _run(self) -> None:
         while not self._over.is_set():
@@ -59,7 +63,7 @@ class Helper:
                 if self._wanted.is_set() and not self._over.is_set():
                     try:
                         done = self._advance()
-                    except BaseException as error:  # whatever it is, `end` raises it
+                    except BaseException as error:  # whatever it is, `end` or `stop` raises it
                         self._error, done = error, True
                     if done:
                         self._wanted.clear()

@@ -3,8 +3,8 @@
 Sends are posted before receives. A large message is announced, the receiver answers, and only then
 does it come. Where the receive is posted first and finds the announcement there already, the peer
 is answered at once and fills the one connection of the two; the answer to this agent's own
-announcement waits behind that, so the two directions take turns: over TCP a ring's exchange took
-3.7 times a one-way shift so, and 1.95 times with the sends first, with MPICH and with Open MPI.
+announcement waits behind that. The two directions then take turns, and over TCP a ring's exchange
+takes four times a one-way shift, not two; Open MPI's neighbourhood collectives are made so.
 
 Counts are in blocks of 64 bytes, which keeps MPI's int counts good for buffers of up to 128 GB.
 Every exchange has a communicator of its own: on a shared one, two exchanges posted in a different

@@ -1,7 +1,7 @@
 """Between hosts: values in messages.
 
-`HostCarrier` serves agents that share no node, on a graph that does not change; else the values go
-by a `MessageRoute` beside the tokens of `tokens.TokenCarrier`.
+`HostCarrier` serves where all values go so, on a graph that does not change; else they go by a
+`MessageRoute` beside the tokens of `tokens.TokenCarrier`.
 """
 
 from __future__ import annotations

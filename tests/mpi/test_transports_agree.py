@@ -14,6 +14,7 @@ import torch
 from mpi4py import MPI
 from oracle import make_agents
 from test_exchange import agents_on
+from test_oracle import TOPOLOGIES as ON_EVERY_GRAPH
 
 from mpicdsgd import CDMSGD, CDSGD, Agents, ExchangeConfig, Graph
 
@@ -21,22 +22,7 @@ STEPS = 8
 SHAPES = [(7,), (3, 5), (), (257,), (33, 3), (1,)]  # few fill their last cache line
 WIRES = ["float32", "bfloat16", "float16"]
 
-TOPOLOGIES = [
-    ("complete", "uniform"),
-    ("ring", "metropolis"),
-    ("chain", "metropolis"),
-    ("star", "max-degree"),
-    ("torus", "uniform"),
-    ("grid", "lazy:metropolis"),
-    ("hypercube", "uniform"),
-    ("exponential", "uniform"),
-    ("regular:2,seed=1", "uniform"),
-    ("erdos-renyi:0.8,seed=1", "metropolis"),
-    ("watts-strogatz:2,0.3,seed=1", "metropolis"),
-    ("one-way", ""),  # a directed ring
-    ("exponential", "one-peer"),  # these two change by turns
-    ("complete", "matchings"),
-]
+TOPOLOGIES = [*ON_EVERY_GRAPH, ("one-way", "")]  # a directed ring
 
 ALGORITHMS: dict[str, Callable[..., Any]] = {
     "nesterov": lambda p, **options: CDMSGD(p, lr=0.05, momentum=0.9, nesterov=True, **options),

@@ -81,11 +81,12 @@ def test_what_it_meets_is_raised_at_the_end(make: Make) -> None:
         raise OSError("the network is down")
 
     helper = make(advance)
-    helper.begin()
-    until(lambda: helper._error is not None)
-    with pytest.raises(OSError, match="the network is down"):
-        helper.end()
-    helper.end()
+    for over in (helper.end, helper.stop):
+        helper.begin()
+        until(lambda: helper._error is not None)
+        with pytest.raises(OSError, match="the network is down"):
+            over()
+        over()
 
 
 def test_stopping_in_the_middle(make: Make) -> None:
