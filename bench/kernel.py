@@ -25,16 +25,17 @@ import torch
 from common import ALPHA, MU, Seconds, spread
 
 from mpicdsgd import native
+from mpicdsgd.exchange.memory import PAGE, staggered
 
 HERE = Path(__file__).parent
 DEGREES = (0, 1, 2, 3, 4, 6, 8, 9, 12, 16)
 COMPARED = (2, 4, 8)  # degrees at which NumPy and torch run too: they are slow
 
 
-def aligned(size: int) -> np.ndarray:
-    """Float32 values on a 64-byte boundary, touched."""
-    raw = np.zeros(4 * size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
+def aligned(size: int, number: int = 0) -> np.ndarray:
+    """Float32 values on a 64-byte boundary, touched; as far into a page as published buffers are."""
+    raw = np.zeros(4 * size + 64 + PAGE, np.uint8)
+    start = -raw.ctypes.data % 64 + staggered(number)
     x = raw[start : start + 4 * size].view(np.float32)
     x[:] = 0.5
     return x
@@ -62,7 +63,7 @@ class Buffers:
 
     def __init__(self, size: int, degree: int) -> None:
         self.x, self.v, self.g, self.p = (aligned(size) for _ in range(4))
-        self.near = [aligned(size) for _ in range(degree)]
+        self.near = [aligned(size, 1 + i) for i in range(degree)]
         self.segments = np.zeros(1, native.SEGMENT)
         self.segments["length"], self.segments["grad"] = size, self.g.ctypes.data
         self.segments["alpha"], self.segments["mu"] = ALPHA, MU

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mpicdsgd.agents import Agents
 from mpicdsgd.exchange.carrier import WIRE_DTYPE
 from mpicdsgd.exchange.header import HEADER_BYTES
-from mpicdsgd.exchange.memory import bytes_of
+from mpicdsgd.exchange.memory import PAGE, bytes_of, staggered
 
 SHARED_MEMORY = "/dev/shm"
 _SPARE = 1.1  # of what is needed, for the MPI library's own
@@ -39,7 +39,7 @@ class SharedPublished:
         info = MPI.Info.Create()
         # Else the segments lie one behind the other, unaligned and on the first rank's memory.
         info.Set("alloc_shared_noncontig", "true")
-        room = 2 * self.size_bytes + HEADER_BYTES
+        room = 2 * self.size_bytes + HEADER_BYTES + PAGE
         self._window = MPI.Win.Allocate_shared(room, 1, info=info, comm=self._node)
         info.Free()
         self._window.Lock_all(MPI.MODE_NOCHECK)
@@ -72,7 +72,7 @@ class SharedPublished:
         memory: Any = self._window.Shared_query(self._local[agent])[0]
         raw: NDArray[np.uint8] = np.frombuffer(memory, np.uint8)
         # Every process maps a segment at a page, so all find the same beginning.
-        start = -raw.ctypes.data % HEADER_BYTES
+        start = -raw.ctypes.data % HEADER_BYTES + staggered(self._local[agent])
         values = self._size * self._dtype.itemsize
         starts = (start, start + self.size_bytes)
         return [raw[i : i + values].view(self._dtype) for i in starts]

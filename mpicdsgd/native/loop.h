@@ -11,13 +11,15 @@ namespace mpicdsgd {
 namespace {
 
 // How memory likes to be read (measured, float32, one core): one stream at a time gives half of
-// what four to twelve give, and from sixteen on the prefetchers lose track, the more so where all
-// buffers begin at a page. So up to GROUP neighbours are read side by side, and of more than that
-// near-equal groups one after the other, over a tile of the results so far; a tile is long enough
-// to make restarting the streams cheap. Prefetching by hand pays where the streams are many.
-constexpr int GROUP = 8;
-constexpr int LEAST_GROUP = (GROUP + 1) / 2;   // 9 neighbours are 5 and 4
-constexpr int TILE = 4096;                     // elements
+// what four to sixteen give, and beyond the prefetchers lose track, the more so where all buffers
+// begin alike in a page. So up to GROUP neighbours are read side by side, and of more than that
+// near-equal groups one after the other, over a tile of the results so far. A tile is long enough
+// to make restarting the streams cheap, and fits into a second-level cache: with 16 KB many
+// neighbours reached two thirds of the triad, with 128 KB four fifths, and more gives no more.
+// Prefetching by hand pays where the streams are many.
+constexpr int GROUP = 12;
+constexpr int LEAST_GROUP = (GROUP + 1) / 2;   // 13 neighbours are 6 and 7
+constexpr int TILE = 32768;                    // elements
 constexpr int AHEAD = 256;                     // bytes
 constexpr int PACKS = 2;                       // vectors at a time
 
@@ -47,11 +49,10 @@ inline bool any(Lanes<Vec>::U x) {
 // The results so far of a tile, where the neighbours come in several groups.
 struct Tile {
   alignas(64) float acc[TILE];
-  alignas(64) float own[TILE];   // Q(z)
 };
 
 // COUNT neighbours' share in a segment. The FIRST phase begins with z, the LAST one finishes the
-// update, between them the results so far stand in a tile. The members are copies, which the
+// update, between them the results so far stand in a tile; z and q are as they were until then. The members are copies, which the
 // compiler may keep in registers: stores to the float buffers might alias the originals.
 template <int WIRE, int COUNT, bool FIRST, bool LAST> class Phase {
   using T = typename Stored<WIRE>::type;
@@ -89,18 +90,15 @@ template <int WIRE, int COUNT, bool FIRST, bool LAST> class Phase {
   MPICDSGD_INLINE void step(long long i, typename Lanes<F>::U& bad) const {
     constexpr int W = lanes<F>();
     F acc[N], own[N];
-    if constexpr (FIRST) {
-      prefetch(z + i);
-      for (int n = 0; n < N; ++n) acc[n] = load<F>(z + i + n * W);
-      if (s.own) {
-        for (int n = 0; n < N; ++n) own[n] = load_wire<WIRE, F>(q + i + n * W);
-      } else {
-        for (int n = 0; n < N; ++n) own[n] = rounded_to_wire<WIRE>(acc[n]);
-      }
+    if constexpr (FIRST) prefetch(z + i);
+    for (int n = 0; n < N; ++n) acc[n] = load<F>(z + i + n * W);
+    if (s.own) {
+      for (int n = 0; n < N; ++n) own[n] = load_wire<WIRE, F>(q + i + n * W);
     } else {
-      for (int n = 0; n < N; ++n) acc[n] = load<F>(tile->acc + (i - base) + n * W);
-      for (int n = 0; n < N; ++n) own[n] = load<F>(tile->own + (i - base) + n * W);
+      for (int n = 0; n < N; ++n) own[n] = rounded_to_wire<WIRE>(acc[n]);
     }
+    if constexpr (!FIRST)
+      for (int n = 0; n < N; ++n) acc[n] = load<F>(tile->acc + (i - base) + n * W);
     for (int l = 0; l < COUNT; ++l) {
       prefetch(near[l] + i);
       for (int n = 0; n < N; ++n)
@@ -110,8 +108,6 @@ template <int WIRE, int COUNT, bool FIRST, bool LAST> class Phase {
       finish<STREAM, N>(i, acc, bad);
     } else {
       for (int n = 0; n < N; ++n) store(tile->acc + (i - base) + n * W, acc[n]);
-      if constexpr (FIRST)
-        for (int n = 0; n < N; ++n) store(tile->own + (i - base) + n * W, own[n]);
     }
   }
 
@@ -187,13 +183,14 @@ template <int WIRE>
 bool sweep_in_groups(const Pass& pass, const Segment& s, long long begin, long long end) {
   using Run = bool (*)(const Pass&, const Segment&, int, Tile*, long long, long long);
 #define MPICDSGD_BY_COUNT(FIRST, LAST)                                               \
-  {run_phase<WIRE, 4, FIRST, LAST>, run_phase<WIRE, 5, FIRST, LAST>,                 \
-   run_phase<WIRE, 6, FIRST, LAST>, run_phase<WIRE, 7, FIRST, LAST>,                 \
-   run_phase<WIRE, 8, FIRST, LAST>}
+  {run_phase<WIRE, 6, FIRST, LAST>, run_phase<WIRE, 7, FIRST, LAST>,                 \
+   run_phase<WIRE, 8, FIRST, LAST>, run_phase<WIRE, 9, FIRST, LAST>,                 \
+   run_phase<WIRE, 10, FIRST, LAST>, run_phase<WIRE, 11, FIRST, LAST>,               \
+   run_phase<WIRE, 12, FIRST, LAST>}
   static constexpr Run first_phase[] = MPICDSGD_BY_COUNT(true, false);
   static constexpr Run middle_phase[] = MPICDSGD_BY_COUNT(false, false);
   static constexpr Run last_phase[] = MPICDSGD_BY_COUNT(false, true);
-  static_assert(LEAST_GROUP == 4 && GROUP == 8, "the tables are for groups of 4 to 8");
+  static_assert(LEAST_GROUP == 6 && GROUP == 12, "the tables are for groups of 6 to 12");
 
   const int groups = (pass.degree + GROUP - 1) / GROUP;
   Tile tile;
@@ -212,8 +209,9 @@ bool sweep_in_groups(const Pass& pass, const Segment& s, long long begin, long l
 
 template <int WIRE> Sweep by_degree(int degree) {
   static constexpr Sweep table[GROUP + 1] = {
-      sweep<WIRE, 0>, sweep<WIRE, 1>, sweep<WIRE, 2>, sweep<WIRE, 3>, sweep<WIRE, 4>,
-      sweep<WIRE, 5>, sweep<WIRE, 6>, sweep<WIRE, 7>, sweep<WIRE, 8>};
+      sweep<WIRE, 0>, sweep<WIRE, 1>, sweep<WIRE, 2>,  sweep<WIRE, 3>,  sweep<WIRE, 4>,
+      sweep<WIRE, 5>, sweep<WIRE, 6>, sweep<WIRE, 7>,  sweep<WIRE, 8>,  sweep<WIRE, 9>,
+      sweep<WIRE, 10>, sweep<WIRE, 11>, sweep<WIRE, 12>};
   return degree <= GROUP ? table[degree] : sweep_in_groups<WIRE>;
 }
 
