@@ -33,7 +33,7 @@ COMPARED = (2, 4, 8)  # degrees at which NumPy and torch run too: they are slow
 
 
 def aligned(size: int, number: int = 0) -> np.ndarray:
-    """Float32 values on a 64-byte boundary, touched; as far into a page as published buffers are."""
+    """Float32 values on a 64-byte boundary, touched; staggered as published buffers are."""
     raw = np.zeros(4 * size + 64 + PAGE, np.uint8)
     start = -raw.ctypes.data % 64 + staggered(number)
     x = raw[start : start + 4 * size].view(np.float32)

@@ -100,6 +100,8 @@ class MixingCycle:
     def remarks(self) -> tuple[str, ...]:
         """Warnings, a line each, for the caller to log once."""
         changes = tuple(change for turn in self.turns for change in turn.changes)
+        if len(self.turns) == 1:
+            return self.turns[0].remarks
         return (
             *changes,
             f"mixing {self.name}: {len(self.turns)} matrices are used in turn; each keeps the "

@@ -156,3 +156,9 @@ def test_spec_mistakes(topology: str, mixing: str, text: str, tmp_path, monkeypa
     with pytest.raises(UserError) as raised:
         mixing_from_spec(mixing, graph_from_spec(topology, 8))
     assert text in str(raised.value)
+
+
+def test_a_cycle_of_one_matrix_remarks_what_the_matrix_does() -> None:
+    cycle = one_peer_exponential(2)
+    assert len(cycle.turns) == 1
+    assert cycle.remarks == cycle.turns[0].remarks
