@@ -11,6 +11,14 @@ if TYPE_CHECKING:
     from mpicdsgd.agents import Agents as Agents
     from mpicdsgd.algorithms import CDMSGD as CDMSGD
     from mpicdsgd.algorithms import CDSGD as CDSGD
+    from mpicdsgd.algorithms import EAMSGD as EAMSGD
+    from mpicdsgd.algorithms import EASGD as EASGD
+    from mpicdsgd.algorithms import MSGD as MSGD
+    from mpicdsgd.algorithms import SGD as SGD
+    from mpicdsgd.algorithms import Downpour as Downpour
+    from mpicdsgd.algorithms import FedAvg as FedAvg
+    from mpicdsgd.algorithms import GoSGD as GoSGD
+    from mpicdsgd.algorithms import GossipSGD as GossipSGD
     from mpicdsgd.algorithms import Mixed as Mixed
     from mpicdsgd.cycle import MixingCycle as MixingCycle
     from mpicdsgd.cycle import alternating_matchings as alternating_matchings
@@ -23,6 +31,7 @@ if TYPE_CHECKING:
     from mpicdsgd.exchange import ExchangeConfig as ExchangeConfig
     from mpicdsgd.exchange import ExchangeError as ExchangeError
     from mpicdsgd.exchange import OutOfStep as OutOfStep
+    from mpicdsgd.links.server import Server as Server
     from mpicdsgd.mixing import MixingMatrix as MixingMatrix
     from mpicdsgd.mixing import from_matrix as from_matrix
     from mpicdsgd.mixing import lazy as lazy
@@ -48,7 +57,19 @@ __version__ = "0.1.0.dev0"
 
 _HOMES = {
     "agents": ["Agents"],
-    "algorithms": ["CDMSGD", "CDSGD", "Mixed"],
+    "algorithms": [
+        "CDMSGD",
+        "CDSGD",
+        "EAMSGD",
+        "EASGD",
+        "MSGD",
+        "SGD",
+        "Downpour",
+        "FedAvg",
+        "GoSGD",
+        "GossipSGD",
+        "Mixed",
+    ],
     "cycle": ["MixingCycle", "alternating_matchings", "mixing_cycle", "one_peer_exponential"],
     "errors": ["UserError"],
     "exchange": [
@@ -59,6 +80,7 @@ _HOMES = {
         "ExchangeError",
         "OutOfStep",
     ],
+    "links.server": ["Server"],
     "mixing": ["MixingMatrix", "from_matrix", "lazy", "max_degree", "metropolis", "uniform"],
     "specs": ["graph_from_spec", "mixing_from_spec"],
     "topology": [

@@ -86,7 +86,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     from mpicdsgd import shutdown
     from mpicdsgd.agreement import agreement
-    from mpicdsgd.run import Run
+    from mpicdsgd.run import train
     from mpicdsgd.runconfig import load_config
 
     shutdown.install()
@@ -98,18 +98,17 @@ def _train(arguments: argparse.Namespace) -> int:
                 "--agents out under mpirun or srun"
             )
         config = load_config(Path(arguments.config), arguments.overrides)
-    run = Run(config, comm)
-    last = run.train()
-    if comm.rank == 0 and last is not None:
+    code, last = train(config, comm)
+    if last is not None:
         test, distance = last["test_accuracy"], last["consensus"]["max"]
         print(
-            f"{comm.size} agents on {config.agents.topology}: mean test accuracy "
+            f"{len(test['agents'])} agents on {config.agents.topology}: mean test accuracy "
             f"{test['mean']:.4f} (lowest {min(test['agents']):.4f}, highest "
             f"{max(test['agents']):.4f}), averaged model "
             f"{last['averaged_model']['test_accuracy']:.4f}, consensus distance {distance:.2e}, "
             f"{last['time_s']:.0f} s; everything is in {config.run.dir}"
         )
-    return 0
+    return code
 
 
 def _graph(arguments: argparse.Namespace) -> int:

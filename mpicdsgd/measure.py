@@ -79,36 +79,39 @@ def measure(
 
     Returns:
         ``train_loss``, ``train_accuracy``, ``test_loss``, ``test_accuracy``, ``averaged_model``,
-        ``consensus`` of a metrics line, the same on every rank.
+        ``consensus`` of a metrics line, the same on every rank; also ``centre``, where the
+        algorithm has a model beside the agents' own.
     """
+    share = np.arange(agents.rank, len(test), agents.size)
+    centre_D = optimizer.exchange.centre()
     with optimizer.evaluating():
         own = evaluate(model, test, loss_fn, batch_size)
         x_D = optimizer.x
         mean_D = agents.mean(x_D)
-        share = np.arange(agents.rank, len(test), agents.size)
-        with _averaged(agents, optimizer, model, mean_D):
+        with _instead(agents, optimizer, model, torch.from_numpy(mean_D)):
             part = evaluate(model, test, loss_fn, batch_size, share)
+        central = (0.0, 0, 0)
+        if centre_D is not None:
+            with _instead(agents, optimizer, model, centre_D):
+                central = evaluate(model, test, loss_fn, batch_size, share)
     row = [
         *training,
         ratio(own[0], own[2]),
         accuracy(own[1], own[2]),
         _squared_distance(x_D, mean_D, optimizer.arena.parameters_end),
         *part,
+        *central,
     ]
     table = np.empty((agents.size, len(row)))
     agents.comm.Allgather(np.array(row, dtype=np.float64), table)
-    losses, counts = table[:, 5].sum(), table[:, 7].sum()
-    correct = -1 if (table[:, 6] < 0).any() else int(table[:, 6].sum())
     squared = table[:, 4]
     return {
         "train_loss": spread(table[:, 0]),
         "train_accuracy": spread(table[:, 1]),
         "test_loss": spread(table[:, 2]),
         "test_accuracy": spread(table[:, 3]),
-        "averaged_model": {
-            "test_loss": ratio(losses, counts),
-            "test_accuracy": accuracy(correct, counts),
-        },
+        "averaged_model": _of_parts(table[:, 5:8]),
+        **({} if centre_D is None else {"centre": _of_parts(table[:, 8:11])}),
         "consensus": {
             "max": float(np.sqrt(squared.max())),
             "rms": float(np.sqrt(squared.mean())),
@@ -117,8 +120,22 @@ def measure(
 
 
 def spread(values: NDArray[np.float64]) -> dict[str, Any]:
-    """Mean, standard deviation over the agents (not N - 1: they are all there are), and each."""
-    return {"mean": float(values.mean()), "std": float(values.std()), "agents": values.tolist()}
+    """Mean, standard deviation over the agents (not N - 1: they are all there are), and each.
+
+    Agents that have none (NaN: no part in training, no accuracy) count only where all have none.
+    """
+    some = values[~np.isnan(values)] if not np.isnan(values).all() else values
+    return {"mean": float(some.mean()), "std": float(some.std()), "agents": values.tolist()}
+
+
+def _of_parts(parts: NDArray[np.float64]) -> dict[str, float]:
+    """Loss and accuracy of one model on the agents' parts of a set: loss sum, right ones, count."""
+    count = parts[:, 2].sum()
+    correct = -1 if (parts[:, 1] < 0).any() else int(parts[:, 1].sum())
+    return {
+        "test_loss": ratio(parts[:, 0].sum(), count),
+        "test_accuracy": accuracy(correct, count),
+    }
 
 
 def ratio(total: float, count: float) -> float:
@@ -132,18 +149,21 @@ def accuracy(correct: int, count: float) -> float:
 
 
 @contextlib.contextmanager
-def _averaged(
+def _instead(
     agents: Agents,
     optimizer: AgentOptimizer,
     model: torch.nn.Module,
-    mean_D: NDArray[np.floating],
+    x_D: torch.Tensor,
 ) -> Iterator[None]:
-    """A block in which ``model`` is the average of all agents' models. Collective at its begin."""
+    """A block in which ``model`` has parameters ``x_D``, and the mean of what is not in them.
+
+    Collective at its begin.
+    """
     buffers = local_buffers(optimizer, model)
     kept = {name: buffer.detach().clone() for name, buffer in buffers.items()}
     means = agents.average(buffers.values()) if buffers else {}
     try:
-        with optimizer.holding(torch.from_numpy(mean_D)):
+        with optimizer.holding(x_D):
             for buffer, mean in zip(buffers.values(), means.values(), strict=True):
                 buffer.detach().copy_(mean)
             yield

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from mpicdsgd.agents import Agents
 from mpicdsgd.arena import Arena, Coefficients
 from mpicdsgd.errors import UserError
-from mpicdsgd.exchange import AgentFault, Exchange, ExchangeConfig, Reason
+from mpicdsgd.exchange import AgentFault, Exchange, ExchangeConfig, Reason, open_exchange
+from mpicdsgd.links.link import Link
 from mpicdsgd.stepper import Stepper
 
 log = logging.getLogger("mpicdsgd")
@@ -41,7 +42,7 @@ class AgentOptimizer(torch.optim.Optimizer):
 
     Attributes:
         arena: the flat memory of the parameters.
-        exchange: the open exchange.
+        exchange: the open exchange, or what an algorithm has in its place.
         stepper: what both are at work in.
 
     Raises:
@@ -82,6 +83,14 @@ class AgentOptimizer(torch.optim.Optimizer):
         """The update's coefficients for a parameter group at this step. Local."""
         raise NotImplementedError
 
+    def open_exchange(self) -> tuple[Exchange | Link, list[NDArray[np.float32]]]:
+        """What is exchanged and how, and the weights of what comes, by turn. Collective."""
+        weights = [np.array(turn.weights, np.float32) for turn in self.agents.turns]
+        return open_exchange(self.agents, self.arena.size, self._config), weights
+
+    def use_gradients(self, scale: torch.Tensor | None, overflow: torch.Tensor | None) -> None:
+        """What an algorithm does with all gradients before the pass; arguments as of a pass."""
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Mix with the neighbours and take one gradient step. Collective.
@@ -102,8 +111,9 @@ class AgentOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._begin()
         self.arena.require_fresh_gradients()
-        self.arena.fill_segments(list(self._coefficients_per_tensor()))
         scale, overflow = self._from_scaler()
+        self.use_gradients(scale, overflow)
+        self.arena.fill_segments(list(self._coefficients_per_tensor()))
         self.stepper.advance(self.arena.segments, scale, overflow)
         return loss
 
@@ -120,7 +130,7 @@ class AgentOptimizer(torch.optim.Optimizer):
         With look-ahead momentum the values in the model are y, and x becomes y - mu v.
         """
         self._require_open()
-        self.exchange.wait(self.steps)
+        self.exchange.withdraw(self.steps)
         self.arena.repair()
         self.settle()
         if self.stepper.ahead is not None:
@@ -188,6 +198,20 @@ class AgentOptimizer(torch.optim.Optimizer):
         """Whether all agents are to stop now; true on all after the same step."""
         return self.exchange.stop_step <= self.steps
 
+    @property
+    def takes_part(self) -> bool:
+        """Whether this agent is to compute a gradient now; where not, it calls `mix`. Local."""
+        return True
+
+    def rest(self) -> None:
+        """Bring everything under way to its end, before other collectives. Collective.
+
+        With algorithms that are asynchronous or have a server the agents meet here, after the same
+        number of steps; `arrays` and `state_dict` are then up to date. With others it does nothing.
+        """
+        self._require_open()
+        self.exchange.rest()
+
     def settle(self) -> None:
         """Learn what became of all passes so far, waiting for a GPU. Local."""
         self.stepper.settle()
@@ -205,16 +229,17 @@ class AgentOptimizer(torch.optim.Optimizer):
 
         On the host, and not to be written: views, or copies of what is on a GPU.
         """
-        return {name: flat.cpu().numpy() for name, flat in self.stepper.flats().items()}
+        return {name: flat.cpu().numpy() for name, flat in self._flats().items()}
 
     @torch.no_grad()
     def load_arrays(self, steps: int, arrays: dict[str, NDArray[Any]]) -> None:
         """Take over what `arrays` gave after ``steps`` steps, and publish it. Collective."""
         self._require_open()
-        self.exchange.wait(self.steps)
+        self.exchange.withdraw(self.steps)
         self.settle()
         for name, flat in self.stepper.flats().items():
             flat.copy_(torch.from_numpy(np.ascontiguousarray(arrays[name])))
+        self.exchange.load({name: arrays[f"link/{name}"] for name in self.exchange.arrays()})
         self.arena.written()
         self.stepper.steps = steps
         self.stepper.publish()
@@ -225,7 +250,8 @@ class AgentOptimizer(torch.optim.Optimizer):
         Momentum is under "v" and contains the step size: v = -lr * torch's momentum_buffer where
         lr never changed. Look-ahead's x is under "x".
         """
-        return {**super().state_dict(), "agents": {"steps": self.steps}}
+        more = {name: values.clone() for name, values in self.exchange.arrays().items()}
+        return {**super().state_dict(), "agents": {"steps": self.steps, "link": more}}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -235,7 +261,7 @@ class AgentOptimizer(torch.optim.Optimizer):
         """
         self._require_open()
         super().load_state_dict(state_dict)  # torch may refuse it: before anything collective
-        self.exchange.wait(self.steps)
+        self.exchange.withdraw(self.steps)
         self.settle()
         self.arena.repair()
         for i, (parameter, coefficients) in enumerate(
@@ -250,6 +276,9 @@ class AgentOptimizer(torch.optim.Optimizer):
                 self._x_views[i].copy_(x)
                 self.arena.views[i].copy_(self._x_views[i] + coefficients.mu * self._v_views[i])
         self._fill_state()
+        link = state_dict.get("agents", {}).get("link", {})
+        if link:
+            self.exchange.load({name: values.cpu().numpy() for name, values in link.items()})
         self.stepper.steps = int(state_dict.get("agents", {}).get("steps", 0))
         self.stepper.publish()
 
@@ -273,7 +302,7 @@ class AgentOptimizer(torch.optim.Optimizer):
         for values, name in ((momentum, "v"), (ahead, "x")):
             for parameter, value in values.items():
                 self.state[parameter][name].copy_(value)
-        self.exchange.wait(self.steps)
+        self.exchange.withdraw(self.steps)
         self.stepper.publish()
 
     def close(self) -> None:
@@ -317,9 +346,12 @@ class AgentOptimizer(torch.optim.Optimizer):
             "the optimizer's parameters (shapes, order), algorithm and rounds",
             repr((type(self).__name__, self.arena.layout(), self._rounds, self.look_ahead)),
         )
+        exchange, weights = self.open_exchange()
         self.stepper = Stepper(
             agents,
             self.arena,
+            exchange,
+            weights,
             self._config,
             rounds=self._rounds,
             has_momentum=self.has_momentum,
@@ -327,7 +359,7 @@ class AgentOptimizer(torch.optim.Optimizer):
             debug=self._debug,
         )
         self.stepper.steps = steps
-        self.exchange: Exchange = self.stepper.exchange
+        self.exchange = exchange
         v, ahead = self.stepper.v, self.stepper.ahead
         self._v_views = [] if v is None else self.arena.views_of(v)
         self._x_views = [] if ahead is None else self.arena.views_of(ahead)
@@ -349,6 +381,11 @@ class AgentOptimizer(torch.optim.Optimizer):
     def _from_scaler(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """``grad_scale`` and ``found_inf``, where somebody has set them for this step."""
         return getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+
+    def _flats(self) -> dict[str, torch.Tensor]:
+        """The whole state but for `steps`: x, v, y, and an algorithm's own below "link"."""
+        link = {f"link/{name}": values for name, values in self.exchange.arrays().items()}
+        return {**self.stepper.flats(), **link}
 
     def _progress(self, _: torch.Tensor) -> None:
         self.exchange.progress()

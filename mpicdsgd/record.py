@@ -33,6 +33,8 @@ _TAGS = {  # TensorBoard's tag for a value at this place of a line
     "accuracy/test_std_over_agents": ("test_accuracy", "std"),
     "averaged_model/loss": ("averaged_model", "test_loss"),
     "averaged_model/accuracy": ("averaged_model", "test_accuracy"),
+    "centre/loss": ("centre", "test_loss"),
+    "centre/accuracy": ("centre", "test_accuracy"),
     "consensus/max": ("consensus", "max"),
     "consensus/rms": ("consensus", "rms"),
     "run/lr": ("lr",),

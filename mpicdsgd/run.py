@@ -18,8 +18,10 @@ from mpicdsgd import config as reading
 from mpicdsgd.agents import Agents
 from mpicdsgd.agreement import TIMEOUT_S, agree, agreement, collect
 from mpicdsgd.algorithms.choose import (
+    Circumstances,
     make_optimizer,
     make_scheduler,
+    needs_server,
     restore_schedule,
 )
 from mpicdsgd.data import Shuffler, load
@@ -27,6 +29,7 @@ from mpicdsgd.data.feed import to_device
 from mpicdsgd.errors import UserError
 from mpicdsgd.evaluate import evaluate
 from mpicdsgd.exchange import AgentFault
+from mpicdsgd.links.server import Server
 from mpicdsgd.measure import RunningMeans, accuracy, measure, ratio
 from mpicdsgd.minibatch import minibatch_step
 from mpicdsgd.progress import Progress
@@ -38,14 +41,44 @@ log = logging.getLogger("mpicdsgd")
 _FORMAT = 1  # of a checkpoint's contents, raised when a restart needs other ones
 
 
+def train(config: Config, comm: MPI.Intracomm) -> tuple[int, dict[str, Any] | None]:
+    """Do the whole run of ``config`` on the ranks of ``comm``. Collective.
+
+    Where the algorithm has a server it is the last rank, and the others are the agents.
+
+    Returns:
+        The exit code, and the last line of metrics (None on ranks but 0).
+
+    Raises:
+        UserError: on every rank, or on every rank but the server, which then returns code 2.
+    """
+    if not needs_server(config.optim):
+        return 0, Run(config, comm).train()
+    server = Server(comm)
+    if server.is_here:
+        return server.serve(), None
+    if server.comm.rank == 0:
+        log.info("%d agents, and rank %d as their server", server.comm.size, server.rank)
+    try:
+        last = Run(config, server.comm, server).train()
+    except UserError:
+        server.close(2)
+        raise
+    server.close()
+    return 0, last
+
+
 class Run:
-    """A run of one config on the ranks of ``comm``. Making it is collective, and so is `train`.
+    """A run of one config by the agents of ``comm``. Making it is collective, and so is `train`.
+
+    Args:
+        server: where the algorithm needs one.
 
     Raises:
         UserError: on every rank, for anything wrong with config, files or run folder.
     """
 
-    def __init__(self, config: Config, comm: MPI.Intracomm) -> None:
+    def __init__(self, config: Config, comm: MPI.Intracomm, server: Server | None = None) -> None:
         self.config = config
         # A timeout that is none is refused where the exchange is opened; till then it is not used.
         timeout_s = config.exchange.timeout_s if config.exchange.timeout_s > 0 else TIMEOUT_S
@@ -90,6 +123,7 @@ class Run:
                 self.model.parameters(),
                 agents,
                 config.exchange,
+                Circumstances(per_epoch, self.data.shares[agents.rank], seed, server),
                 buffers if config.model.buffers == "mixed" else (),
             )
         with agents.agreement("schedule"):
@@ -146,6 +180,10 @@ class Run:
                 self._save()
 
     def _step(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        if not self.optimizer.takes_part:
+            self.optimizer.mix()
+            self.scheduler.step()
+            return
         loss, right = minibatch_step(
             self.model,
             self.loss_fn,
@@ -234,6 +272,7 @@ class Run:
 
     def _no_fault(self, where: str) -> None:
         """Raise a fault found by any agent before going into other collectives. Collective."""
+        self.optimizer.rest()
         self.optimizer.settle()
         fault = self.optimizer.exchange.fault_known
         error = self._as_mistake(AgentFault(fault)) if fault.reason else None
@@ -310,7 +349,8 @@ class Run:
         then = shared.get("config")
         optim = then.get("optim") if isinstance(then, dict) else None
         if not isinstance(optim, dict) or any(
-            optim.get(k) != getattr(self.config.optim, k) for k in ("name", "nesterov")
+            optim.get(k) != getattr(self.config.optim, k)
+            for k in ("name", "nesterov", "asynchronous", "adagrad")
         ):
             raise UserError(
                 f"the checkpoint in {self._dir} is of another algorithm than optim.name = "

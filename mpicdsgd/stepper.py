@@ -6,7 +6,8 @@
     p_j <- x                                                    published for the next step
 
 The exchange of step k is under way while the user computes the gradient of step k. On a GPU a pass
-is only given to the stream here; nothing waits for it.
+is only given to the stream here; nothing waits for it. Where a `links.link.Link` is in the
+exchange's place it says what is mixed in when; nothing else differs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from numpy.typing import NDArray
 
 from mpicdsgd.agents import Agents
 from mpicdsgd.arena import Arena
-from mpicdsgd.exchange import AgentFault, ExchangeConfig, Reason, open_exchange
+from mpicdsgd.exchange import AgentFault, Exchange, ExchangeConfig, Reason
+from mpicdsgd.links.link import Link
 from mpicdsgd.update import Outcome, make_update
 
 log = logging.getLogger("mpicdsgd")
@@ -34,6 +36,9 @@ class Stepper:
 
     Args:
         arena: the parameters (and mixed buffers).
+        exchange: open, of the arena's size; the stepper closes it.
+        weights: of what it gives to be mixed in, in each turn, float32.
+        config: wire type and timeout.
         rounds: mixing rounds tau per step.
         has_momentum: whether there is a v.
         look_ahead: the arena holds y = x + mu v, and a buffer of its own x.
@@ -41,7 +46,6 @@ class Stepper:
 
     Attributes:
         steps: steps completed.
-        exchange: the open exchange.
         v: float32, shape (D,), or None; ahead: x where the arena holds y, likewise.
         skipped_means_fault: whether a gradient that a pass left out is a loss that is no number.
     """
@@ -50,6 +54,8 @@ class Stepper:
         self,
         agents: Agents,
         arena: Arena,
+        exchange: Exchange | Link,
+        weights: list[NDArray[np.float32]],
         config: ExchangeConfig,
         *,
         rounds: int,
@@ -60,16 +66,19 @@ class Stepper:
         self.arena = arena
         self.steps = 0
         self.skipped_means_fault = False
-        self.exchange = open_exchange(agents, arena.size, config)
+        self.exchange = exchange
         self.v = torch.zeros_like(arena.flat) if has_momentum else None
         self.ahead = arena.flat.clone() if look_ahead else None
         self._scratch = torch.empty_like(arena.flat) if rounds > 1 else None
         self._rank, self._rounds, self._debug = agents.rank, rounds, debug
-        self._weights = [np.array(turn.weights, dtype=np.float32) for turn in agents.turns]
+        self._weights = weights
         self._update = make_update(agents, config.wire, config.timeout_s)
         self._outcomes: deque[tuple[int, Outcome]] = deque()
         self._checksum = 0
         self._turn = 0
+        if isinstance(exchange, Link):
+            exchange.attach(self)
+            arena.segments["own"] = 0  # nothing is published: the difference is to x itself
         self.exchange.before_closing = self.settle
 
     @property
@@ -127,14 +136,14 @@ class Stepper:
         outcome = self._pass(
             self.x, z, neighbours, segments, last=True, scale=scale, overflow=overflow
         )
-        self.arena.written()
-        self._accept()
+        self._was_written()
         self.steps += 1
         self._outcomes.append((self.steps, outcome))
         self._judge(self._update.lag)
         self._post()
         if self.exchange.fault.step <= self.steps:
             self.exchange.fault_raised = True
+            self.exchange.meet()
             raise AgentFault(self.exchange.fault)
 
     def publish(self) -> None:
@@ -145,7 +154,33 @@ class Stepper:
         self._outcomes.append((self.steps, outcome))
         self.settle()
         self._accept()
-        self._post()
+        self._turn = self._turn_of(0)
+        self.exchange.begin(self.steps, self._turn)
+
+    def mix_in(self, other_D: torch.Tensor, weight: float) -> None:
+        """x <- x + weight (other - x). Not with look-ahead."""
+        other = other_D.numpy() if other_D.device.type == "cpu" else other_D.data_ptr()
+        outcome = self._update(
+            self.x,
+            self.x,
+            at=self.arena.flat,
+            v=None,
+            y=None,
+            p=None,
+            q=None,
+            neighbours=[other],
+            weights=np.array([weight], np.float32),
+            segments=self.arena.mix_only_segments(),
+        )
+        self._outcomes.append((self.steps, outcome))
+        self._was_written()
+
+    def replace(self, values_D: torch.Tensor) -> None:
+        """x <- values, shape (D,); with look-ahead y too, as v is 0 then."""
+        self.x.copy_(values_D)
+        if self.ahead is not None:
+            self.arena.flat.copy_(values_D)
+        self._was_written()
 
     def settle(self) -> None:
         """Learn what became of all passes so far, waiting for a GPU."""
@@ -190,8 +225,15 @@ class Stepper:
 
     def _post(self, mixing_round: int = 0) -> None:
         """Show what was written; what is read with it is mixed by the matrix of this turn."""
-        self._turn = (self.steps * self._rounds + mixing_round) % len(self._weights)
+        self._turn = self._turn_of(mixing_round)
         self.exchange.post(self.steps, mixing_round, self._turn)
+
+    def _turn_of(self, mixing_round: int) -> int:
+        return (self.steps * self._rounds + mixing_round) % len(self._weights)
+
+    def _was_written(self) -> None:
+        self.arena.written()
+        self._accept()
 
     def _judge(self, keep: int) -> None:
         """Report what passes found, but for the last ``keep``."""

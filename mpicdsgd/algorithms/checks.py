@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from mpicdsgd.errors import UserError
+from mpicdsgd.exchange import ExchangeConfig
 
 
 def at_least_zero(name: str, value: object) -> float:
@@ -21,3 +22,36 @@ def below_one(name: str, value: object) -> float:
     if not 0 <= number < 1:
         raise UserError(f"{name} must be in [0, 1), got {value}")
     return number
+
+
+def at_least_one(name: str, value: object) -> int:
+    """``value`` as an int; UserError unless it is a whole number >= 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{name} must be a whole number >= 1, got {value}")
+    return value
+
+
+def probability(name: str, value: object) -> float:
+    """``value`` as a float; UserError unless it is in [0, 1]."""
+    number = float(value)  # type: ignore[arg-type]
+    if not 0 <= number <= 1:
+        raise UserError(f"{name} is a probability and must be in [0, 1], got {value}")
+    return number
+
+
+def seconds(name: str, config: ExchangeConfig) -> float:
+    """The timeout of ``config``, where nothing is published on a graph's edges.
+
+    Raises:
+        UserError: it asks for a wire type or a transport, which algorithm ``name`` does not have.
+    """
+    if config.wire != "float32":
+        raise UserError(f'exchange.wire = "{config.wire}": {name} exchanges float32 only')
+    if config.transport != "auto":
+        raise UserError(
+            f'exchange.transport = "{config.transport}": {name} has no graph\'s edges to choose '
+            'one for, leave it at "auto"'
+        )
+    if not config.timeout_s > 0:
+        raise UserError(f"exchange.timeout_s must be positive, got {config.timeout_s}")
+    return config.timeout_s

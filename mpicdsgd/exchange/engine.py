@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from mpi4py import MPI
 from numpy.typing import NDArray
 
@@ -130,6 +131,31 @@ class Exchange:
             self._found = None
         header = Header(step, mixing_round, self._generation, self.stop_step, self.fault)
         self._post(header, turn)
+
+    def begin(self, step: int, turn: int = 0) -> None:
+        """`post` parameters that were given from outside."""
+        self.post(step, 0, turn)
+
+    def withdraw(self, step: int) -> None:
+        """End the exchange under way without using what comes, as parameters are to be changed."""
+        self.wait(step)
+
+    def arrays(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint must hold: nothing, as x says all."""
+        return {}
+
+    def load(self, arrays: dict[str, NDArray[Any]]) -> None:
+        """Take over what `arrays` gave."""
+
+    def centre(self) -> torch.Tensor | None:
+        """A model beside the agents' own: there is none."""
+        return None
+
+    def meet(self) -> None:
+        """Nothing: the agents are at most a few steps apart."""
+
+    def rest(self) -> None:
+        """Nothing: an exchange may stay under way whatever comes between two steps."""
 
     def progress(self) -> bool:
         """Let MPI move data, for a moment; whether nothing is under way any more.

@@ -1,0 +1,93 @@
+"""Gossip SGD: after a local step an agent shares its parameters with one random neighbour.
+
+`GossipSGD`: the two average (Boyd et al. 2006; Jin et al. 2016); see `links.pairs`. `GoSGD`: it
+pushes them with half of its weight, and nobody waits (Blot et al. 2016); see `links.push`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mpicdsgd.agents import Agents
+from mpicdsgd.algorithms import checks
+from mpicdsgd.algorithms.checks import at_least_zero, seconds
+from mpicdsgd.arena import Coefficients
+from mpicdsgd.errors import UserError
+from mpicdsgd.exchange import ExchangeConfig
+from mpicdsgd.links.pairs import Pairs
+from mpicdsgd.links.push import Pushes
+from mpicdsgd.optim import AgentOptimizer
+
+
+class GossipSGD(AgentOptimizer):
+    """Gossip SGD with pairwise averaging, as a torch optimizer. Collective over ``agents``.
+
+    Args:
+        params: parameters or groups of them, as for `torch.optim.SGD`.
+        lr: step size alpha, >= 0.
+        weight_decay: lambda >= 0; the gradient becomes g + lambda x.
+        probability: p in [0, 1], with which an agent wakes after a step to meet a neighbour.
+        seed: of the draws, the same on all agents.
+        agents: with an undirected graph.
+        buffers, exchange, debug: see `mpicdsgd.optim.AgentOptimizer`.
+    """
+
+    exchange: Pairs | Pushes
+    _link: type[Pairs] | type[Pushes] = Pairs
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 0.01,
+        weight_decay: float = 0.0,
+        *,
+        agents: Agents,
+        probability: float = 1.0,
+        seed: int = 0,
+        buffers: Iterable[torch.Tensor] = (),
+        exchange: ExchangeConfig | None = None,
+        debug: bool = False,
+    ) -> None:
+        name = type(self).__name__
+        with agents.agreement(f"{name}()"):
+            checks.probability("probability (p)", probability)
+            if self._link is Pairs and agents.graph.directed:
+                raise UserError(
+                    "GossipSGD averages in pairs, which need an undirected graph: use another "
+                    'topology, or optim.name = "gosgd"'
+                )
+        agents.require_same(f"{name}'s arguments", repr((probability, seed)))
+        self._arguments: Any = {"probability": probability, "seed": seed}
+        defaults = {"lr": lr, "weight_decay": weight_decay}
+        super().__init__(params, defaults, agents, buffers=buffers, exchange=exchange, debug=debug)
+
+    def open_exchange(self) -> tuple[Pairs | Pushes, list[NDArray[np.float32]]]:
+        with self.agents.agreement("the exchange's settings"):
+            timeout_s = seconds(type(self).__name__, self._config)
+        link = self._link(self.agents, self.arena.size, timeout_s, **self._arguments)
+        return link, [np.empty(0, np.float32)]
+
+    def coefficients(self, group: dict[str, Any]) -> Coefficients:
+        return Coefficients(
+            alpha=at_least_zero("lr", group["lr"]),
+            decay=at_least_zero("weight_decay", group["weight_decay"]),
+        )
+
+
+class GoSGD(GossipSGD):
+    """Gossip SGD with weighted pushes, each agent at its own pace. See `GossipSGD`.
+
+    The graph may be directed: a push goes to an agent that reads this one. ``exchange.weight`` is
+    the agent's; at `rest` the agents' add up to 1. Call `rest` before collective calls of your own:
+    while an agent waits there it reads no mail, and others may wait for that.
+
+    Args:
+        probability: p in [0, 1], of a push after a step.
+    """
+
+    _link = Pushes
