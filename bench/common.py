@@ -69,7 +69,10 @@ def provenance() -> Record:
             "torch": torch.__version__,
         },
         "commit": commit or os.environ.get("MPICDSGD_COMMIT", "unknown"),
-        "dirty": git("status", "--porcelain") != "" if commit else None,
+        "dirty": git("status", "--porcelain", "--", ".", ":!bench/results") != ""
+        if commit
+        else None,
+        "quick": "--quick" in sys.argv,
     }
 
 
@@ -133,10 +136,13 @@ def check(
 
 def print_checks(checks: Sequence[Record]) -> None:
     print("checks:")
-    width = max(36, *(len(c["name"]) for c in checks))
+    width = max([36, *(len(c["name"]) for c in checks)])
     for c in checks:
         goal = "" if c["goal"] is None else f"  (goal {c['goal']})"
-        print(f"  {_MARK[c['holds']]}  {c['name']:{width}} {c['value']:6.2f}{goal}")
+        value = f"{c['value']:6.2f}" if abs(c["value"]) >= 0.005 else f"{c['value']:6.1g}"
+        print(f"  {_MARK[c['holds']]}  {c['name']:{width}} {value}{goal}")
+    if any(c["holds"] is None and c["goal"] is not None for c in checks):
+        print("  (a goal beside - is not judged in a round of this size)")
 
 
 _MARK = {True: "holds", False: "FAILS", None: "-    "}
@@ -148,6 +154,12 @@ def print_times(results: dict[str, Record], more: Callable[[Record], str] = lamb
     for name, row in results.items():
         print(f"  {name:{width}} {row['median_s'] * 1e3:9.3f} ms  "
               f"({row['min_s'] * 1e3:.3f} to {row['max_s'] * 1e3:.3f}){more(row)}")  # fmt: skip
+
+
+def place(name: str, args: argparse.Namespace) -> Path:
+    """Where the JSON goes: to --out, or to the results; a quick round replaces no record."""
+    folder = HERE / "results" / "quick" if args.quick else HERE / "results"
+    return args.out or folder / f"{name}.json"
 
 
 def write(record: Record, path: Path) -> None:
@@ -171,7 +183,7 @@ def finish(args: argparse.Namespace, record: Record) -> None:
     if args.emulate:
         print(UNJUDGED)
     if args.out is not None or not args.emulate:
-        write(record, args.out or HERE / "results" / f"{args.name}.json")
+        write(record, place(args.name, args))
 
 
 # GPUs and ranks

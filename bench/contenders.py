@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import resource
 import subprocess
@@ -70,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     """What the benches of host jobs take; see `run`."""
     parser.add_argument("--ranks", default="2,4", help="where this is no MPI job; default: 2,4")
     parser.add_argument("--quick", action="store_true", help="smaller sizes, fewer rounds")
-    parser.add_argument("--out", type=Path, default=common.HERE / "results" / f"{name}.json")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)  # a job's record, for `run`
     parser.set_defaults(emulate=False, name=name)
 
@@ -120,6 +121,7 @@ def _measured(measure: Callable[[], common.Record]) -> common.Record | None:
     from mpi4py import MPI
 
     torch.set_num_threads(1)
+    logging.getLogger("mpicdsgd").setLevel(logging.ERROR)  # what graphs remark is no matter here
     try:
         record = measure()
     except mpicdsgd.UserError as error:  # on all ranks alike

@@ -125,7 +125,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer parameters and rounds")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "kernel.json")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     size, rounds = (8_000_000, 5) if args.quick else (25_000_000, 15)
@@ -194,7 +194,7 @@ def main() -> int:
         "results": results,
         "checks": checks,
     }
-    common.write(record, args.out)
+    common.write(record, common.place("kernel", args))
     print(f"{record['cpu']}, {size:,} parameters, {args.threads} thread(s), {native.isa}")
     for name, row in results.items():
         print(f"  {name:28} {row['median_s'] * 1e3:8.1f} ms  "

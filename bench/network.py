@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import os
 import shlex
@@ -318,12 +319,14 @@ def main() -> int:
     add("--network", default="unknown", help="for the record: what joins the hosts")
     add("--interface", default="e0", help="gloo's; default: %(default)s")
     add("--quick", action="store_true", help="a smaller MLP, fewer rounds; no goal is judged")
-    add("--out", type=Path, default=common.HERE / "results" / "network.json")
+    add("--out", type=Path)
     add("--part", type=Path, help=argparse.SUPPRESS)  # a job's record
+    parser.set_defaults(name="network", emulate=False)
     args = parser.parse_args()
     parts = []
     if common.in_job():
         torch.set_num_threads(1)
+        logging.getLogger("mpicdsgd").setLevel(logging.ERROR)
         record = job(args)
         from mpi4py import MPI
 

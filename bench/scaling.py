@@ -282,9 +282,9 @@ def arguments() -> argparse.Namespace:
     add("--alpha", type=float, help="predict for a latency, microseconds")
     add("--bandwidth", type=float, help="and a bandwidth, Gbit/s")
     add("--quick", action="store_true", help="smaller sizes, fewer rounds")
-    add("--out", type=Path, default=common.HERE / "results" / "scaling.json")
-    add("--csv", type=Path)
-    add("--plot", type=Path, help=".png, .pdf or .svg")
+    add("--out", type=Path)
+    add("--csv", type=Path, help="default: beside the JSON")
+    add("--plot", type=Path, help=".png, .pdf or .svg; default: a .png beside the JSON")
     add("--job", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.agents = sorted(set(args.agents or ([1, 3, 4] if args.quick else [1, 2, 4, 8, 16])))
@@ -318,12 +318,11 @@ def main() -> int:
         record["predictions"] = predictions_of(link, record)
         print_predictions(record)
     record["checks"] = checks_of(record)
-    if args.csv:
-        write_csv(record, args.csv)
-    if args.plot:
-        plot(record, args.plot)
+    out = common.place("scaling", args)
     common.print_checks(record["checks"])
-    common.write(record, args.out)
+    common.write(record, out)
+    write_csv(record, args.csv or out.with_suffix(".csv"))
+    plot(record, args.plot or out.with_suffix(".png"))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``mpicdsgd train | graph | plot | inspect | info``.
+"""The command line: ``mpicdsgd train | graph | plot | compare | inspect | info``.
 
 Exit codes: 0 done, 2 a user's mistake (one line on stderr, on no rank a traceback), 1 all else.
 MPI and torch are imported by the commands that need them, so the others work on a login node.
@@ -99,7 +99,7 @@ def _train(arguments: argparse.Namespace) -> int:
             )
         config = load_config(Path(arguments.config), arguments.overrides)
     code, last = train(config, comm)
-    if last is not None:
+    if comm.rank == 0 and last is not None:
         test, distance = last["test_accuracy"], last["consensus"]["max"]
         print(
             f"{len(test['agents'])} agents on {config.agents.topology}: mean test accuracy "
@@ -197,6 +197,14 @@ def _plot(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(arguments: argparse.Namespace) -> int:
+    from mpicdsgd.comparison import compare, table
+
+    rows = compare([Path(run) for run in arguments.runs])
+    print(json.dumps(rows, indent=2) if arguments.json else table(rows))
+    return 0
+
+
 def _inspect(arguments: argparse.Namespace) -> int:
     from mpicdsgd.inspection import inspect
 
@@ -286,6 +294,11 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("runs", nargs="+", metavar="RUN_DIR")
     plot.add_argument("--out", metavar="FILE", help="default: metrics.png in the first run")
     plot.set_defaults(run=_plot)
+
+    compare = commands.add_parser("compare", help="what runs reached and what it took, in a table")
+    compare.add_argument("runs", nargs="+", metavar="RUN_DIR")
+    compare.add_argument("--json", action="store_true")
+    compare.set_defaults(run=_compare)
 
     inspect = commands.add_parser(
         "inspect", help="what a checkpoint holds, and whether it is whole"

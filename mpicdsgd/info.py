@@ -67,6 +67,7 @@ def gather(comm: MPI.Intracomm, topology: str) -> dict[str, Any]:
         "nodes": len(set(comm.allgather(agents.node))),
         "hdf5": h5py.version.hdf5_version,
         "cores": len(os.sched_getaffinity(0)),
+        "threads_per_rank": agents.share_cores(),
         "kernel": native.backend,
         "kernel_isa": native.isa,
         "kernel_reason": native.reason,

@@ -55,8 +55,8 @@ def metropolis(graph: Graph) -> MixingMatrix:
     if graph.directed:
         raise UserError(
             f"mixing metropolis needs an undirected graph, but {graph.title} is directed: "
-            f'use mixing = "uniform" (equal degrees in and out) or a doubly stochastic matrix '
-            f"from a file"
+            f'use mixing = "uniform" (equal degrees in and out), "one-peer" (on expo, by turns) '
+            f"or a doubly stochastic matrix from a file"
         )
     degrees = np.array(graph.degrees)
     larger = np.maximum(degrees[:, np.newaxis], degrees[np.newaxis, :])

@@ -133,6 +133,8 @@ def make_run(folder: Path) -> Path:
             **{key: spread(0.5) for key in ("train_loss", "test_loss", "test_accuracy")},
             "averaged_model": {"test_loss": 0.5, "test_accuracy": 0.5},
             "consensus": {"max": 0.1, "rms": 0.1},
+            "time_s": 1.5,
+            "bytes_sent": 1000,
         }
         for step in (10, 20)
     ]
@@ -148,6 +150,26 @@ def test_plot(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     done("plot", str(run), str(run), "--out", str(tmp_path / "both.svg"))
     assert (tmp_path / "both.svg").exists()
     refused(capsys, "there are no metrics at", "plot", str(tmp_path / "none"))
+
+
+def test_compare(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two")
+    lines = [json.loads(text) for text in (two / "metrics.g0001.jsonl").read_text().splitlines()]
+    lines[-1]["centre"] = {"test_loss": 0.1, "test_accuracy": 0.8765}
+    lines[-1]["test_accuracy"] = {"mean": 0.75, "std": 0.05, "agents": [0.7, 0.8]}
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (two / "metrics.g0001.jsonl").write_text(text)
+    done("compare", str(one), str(two))
+    *_, first, second = capsys.readouterr().out.splitlines()
+    assert first.split()[:3] == ["one", "1", "2"]
+    assert second.split()[:3] == ["two", "2", "2"]
+    assert "0.7500  0.7000" in second
+    assert "0.8765" in second
+    assert "0.8765" not in first
+    done("compare", str(two), "--json")
+    row = json.loads(capsys.readouterr().out)[0]
+    assert (row["mean"], row["lowest"], row["centre"]) == (0.75, 0.7, 0.8765)
+    refused(capsys, "there are no metrics at", "compare", str(tmp_path / "none"))
 
 
 def test_inspect(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -240,6 +262,7 @@ from mpicdsgd import cli
 for words in (
     ["graph", "ring", "-n", "4", "--png", "g.png"],
     ["plot", "run"],
+    ["compare", "run"],
     ["inspect", "run"],
     ["inspect", "run", "--json"],
 ):

@@ -41,8 +41,8 @@ LAYERS: list[tuple[str, set[str]]] = [
                          "data.samples", "data.shuffle", "data.source", "data.feed", "models",
                          "evaluate"}),
     ("the run", {"config", "runfolder", "manifest", "rankfile", "inspection", "checkpoint", "state",
-                 "record", "figures", "graphplot", "plots", "progress", "measure", "runconfig",
-                 "minibatch", "run"}),
+                 "record", "comparison", "figures", "graphplot", "plots", "progress", "measure",
+                 "runconfig", "minibatch", "run"}),
     ("command line", {"launch", "info", "cli", "__main__"}),
 ]  # fmt: skip
 LAYER = {module: i for i, (_, modules) in enumerate(LAYERS) for module in modules}

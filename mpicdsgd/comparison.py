@@ -1,0 +1,63 @@
+"""What several runs reached and what it took, in one table. No MPI here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mpicdsgd import record
+from mpicdsgd.errors import UserError
+
+
+def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
+    """The last line of every run's metrics, as a row of the table.
+
+    Returns:
+        Of each run its name, agents, epochs; test accuracy: mean and lowest over agents, of the
+        averaged model, of the centre (None where there is none); greatest consensus distance;
+        seconds; bytes that an agent sent, the mean.
+
+    Raises:
+        UserError: a run has no metrics.
+    """
+    rows = []
+    for run in runs:
+        lines = record.read(run)
+        if not lines:
+            raise UserError(f"{run} has no line of metrics yet: a run has one at its end")
+        last = lines[-1]
+        test = last["test_accuracy"]
+        rows.append(
+            {
+                "run": run.name,
+                "agents": len(test["agents"]),
+                "epochs": last["epoch"],
+                "mean": test["mean"],
+                "lowest": min(test["agents"]),
+                "averaged": last["averaged_model"]["test_accuracy"],
+                "centre": last["centre"]["test_accuracy"] if "centre" in last else None,
+                "consensus": last["consensus"]["max"],
+                "seconds": last["time_s"],
+                "bytes_sent": last["bytes_sent"],
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """``rows`` of `compare` as text, a line each."""
+    width = max(len(row["run"]) for row in rows)
+    lines = [
+        f"{'':{width}}         test accuracy                       consensus",
+        f"{'run':{width}}  agents epochs   mean  lowest  average  centre   distance  seconds"
+        "   MB sent per agent",
+    ]
+    for row in rows:
+        centre = "     -" if row["centre"] is None else f"{row['centre']:.4f}"
+        lines.append(
+            f"{row['run']:{width}}  {row['agents']:6} {row['epochs']:6g} {row['mean']:.4f}  "
+            f"{row['lowest']:.4f}   {row['averaged']:.4f}  {centre}   {row['consensus']:.2e} "
+            f"{row['seconds']:8.1f}   {row['bytes_sent'] / 1e6:9.1f}"
+        )
+    return "\n".join(lines)
