@@ -135,14 +135,14 @@ def check(
 
 
 def print_checks(checks: Sequence[Record]) -> None:
+    if any(c["holds"] is None and c["goal"] is not None for c in checks):
+        print("(a goal beside - is not judged in a round of this size)")
     print("checks:")
     width = max([36, *(len(c["name"]) for c in checks)])
     for c in checks:
         goal = "" if c["goal"] is None else f"  (goal {c['goal']})"
         value = f"{c['value']:6.2f}" if abs(c["value"]) >= 0.005 else f"{c['value']:6.1g}"
         print(f"  {_MARK[c['holds']]}  {c['name']:{width}} {value}{goal}")
-    if any(c["holds"] is None and c["goal"] is not None for c in checks):
-        print("  (a goal beside - is not judged in a round of this size)")
 
 
 _MARK = {True: "holds", False: "FAILS", None: "-    "}
