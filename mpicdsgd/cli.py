@@ -279,7 +279,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("config", metavar="RUN.toml")
     train.add_argument("overrides", nargs="*", metavar="section.key=value")
-    train.add_argument("--agents", type=int, metavar="N", help="start N ranks with mpiexec")
+    train.add_argument(
+        "--agents", type=int, metavar="N", help="start N ranks with mpiexec, a server included"
+    )
     train.set_defaults(run=_train)
 
     graph = commands.add_parser("graph", help="what a topology and its mixing matrix are worth")

@@ -125,7 +125,8 @@ def spread(values: NDArray[np.float64]) -> dict[str, Any]:
     Agents that have none (NaN: no part in training, no accuracy) count only where all have none.
     """
     some = values[~np.isnan(values)] if not np.isnan(values).all() else values
-    return {"mean": float(some.mean()), "std": float(some.std()), "agents": values.tolist()}
+    with np.errstate(invalid="ignore", over="ignore"):  # an infinite loss is reported as it is
+        return {"mean": float(some.mean()), "std": float(some.std()), "agents": values.tolist()}
 
 
 def _of_parts(parts: NDArray[np.float64]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from mpi4py import MPI
 from mpicdsgd import checkpoint, models, native, record, state
 from mpicdsgd import config as reading
 from mpicdsgd.agents import Agents
-from mpicdsgd.agreement import TIMEOUT_S, agree, agreement, collect
+from mpicdsgd.agreement import TIMEOUT_S, agree, agreement, collect, require_same
 from mpicdsgd.algorithms.choose import (
     Circumstances,
     make_optimizer,
@@ -52,6 +52,7 @@ def train(config: Config, comm: MPI.Intracomm) -> tuple[int, dict[str, Any] | No
     Raises:
         UserError: on every rank, or on every rank but the server, which then returns code 2.
     """
+    require_same(comm, "the config", repr(config))  # also on the rank that would be a server
     if not needs_server(config.optim):
         return 0, Run(config, comm).train()
     server = Server(comm)
@@ -91,7 +92,6 @@ class Run:
         self._deferred = agents.gpu is not None  # the host runs ahead, and waits for no loss
         # Else cuDNN adds up gradients in any order, and a restart is not bit by bit the same.
         torch.backends.cudnn.deterministic = True
-        agents.require_same("the config", repr(config))
         agents.share_cores(config.agents.threads)
 
         seed = config.run.seed

@@ -157,7 +157,7 @@ def by_one(comm: MPI.Intracomm, action: Callable[[], object]) -> None:
         ("data.batch_size=33", "data.batch_size = 33 is larger than the share of agent 0"),
         ("data.limit=-1", "data.limit = -1: it must not be negative"),
         ("data.args.class=3", "data.args: pictures has no argument class; it takes none"),
-        ("optim.name=sgd", 'unknown optim.name "sgd": did you mean'),
+        ("optim.name=cdmsdg", 'unknown optim.name "cdmsdg": did you mean cdmsgd'),
         ("optim.name=torch.optim:Adamm", "torch.optim:Adamm"),
         ("optim.name=torch:zeros", "optim.name = torch:zeros"),
         ("optim.args={betas=1}", "optim.args is for torch optimizers"),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +40,8 @@ from mpicdsgd import (
     GossipSGD,
     Server,
     UserError,
+    cli,
+    shutdown,
 )
 from mpicdsgd.exchange import AgentFault, Reason
 
@@ -577,3 +582,162 @@ def test_settings_that_cannot_be(comm: MPI.Intracomm) -> None:
     refused("nesterov", lambda p: MSGD(p, nesterov="yes", **more))  # type: ignore[arg-type]
     for config in (ExchangeConfig(wire="bfloat16"), ExchangeConfig(transport="direct")):
         refused("exchange", lambda p, c=config: SGD(p, exchange=c, **more))
+
+
+# As runs of ``mpicdsgd train``: mistakes end on every rank with exit code 2, also on the server's
+
+RUN = """
+[run]
+dir = "r"
+epochs = 2
+[agents]
+topology = "complete"
+[model]
+name = "mlp"
+args = { hidden = [8] }
+[data]
+name = "test_systems:pictures"
+batch_size = 4
+"""
+
+Refuses = Callable[..., None]
+
+
+def pictures(path: str, seed: int) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(100, 1, 4, 4)).astype(np.float32), np.arange(100) % 10
+    return (x, y), (x[:20], y[:20])
+
+
+@pytest.fixture
+def refuses(
+    comm: MPI.Intracomm, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Refuses]:
+    """``refuses(text, name, *settings)``: all ranks return 2, rank 0 says ``text`` in one line."""
+    folder = comm.bcast(tempfile.mkdtemp() if comm.rank == 0 else None)
+    monkeypatch.chdir(folder)
+    Path(f"{comm.rank}.toml").write_text(RUN)
+    aborts: list[int] = []
+    monkeypatch.setattr(shutdown, "abort", aborts.append)  # would end the tests
+
+    def refuses(text: str, name: str, *settings: str) -> None:
+        capfd.readouterr()
+        code = cli.main(["train", f"{comm.rank}.toml", f"optim.name={name}", *settings])
+        err = capfd.readouterr().err
+        assert (code, aborts) == (2, []), err
+        said = [line for line in err.splitlines() if "as their server" not in line]
+        assert len(said) == (comm.rank == 0), err
+        assert all(line.startswith("mpicdsgd: ") and text in line for line in said), err
+        assert comm.allreduce(len(err.splitlines())) <= 2
+        comm.barrier()
+
+    yield refuses
+    monkeypatch.undo()
+    comm.barrier()
+    if comm.rank == 0:
+        shutil.rmtree(folder)
+
+
+SERVER = "optim.asynchronous=true"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "text"),
+    [
+        ("fedavg", ["optim.fraction=0"], "fraction (C, of the agents"),
+        ("fedavg", ["optim.fraction=1.5"], "must be in (0, 1], got 1.5"),
+        ("fedavg", ["optim.fraction=nan"], "must be in (0, 1], got nan"),
+        ("fedavg", ["optim.local_epochs=0"], "optim.local_epochs (E) must be at least 1, got 0"),
+        ("fedavg", ["optim.server_momentum=1"], "server_momentum must be in [0, 1), got 1"),
+        ("easgd", ["optim.period=0"], "period (tau) must be a whole number >= 1, got 0"),
+        ("easgd", ["optim.elasticity=2"], "optim.elasticity (e) must be in (0, 1)"),
+        ("eamsgd", ["optim.elasticity=nan"], "optim.elasticity (e) must be in (0, 1)"),
+        ("eamsgd", ["optim.momentum=1"], "momentum must be in [0, 1), got 1"),
+        ("gossip", ["optim.probability=1.1"], "probability (p) is a probability"),
+        ("gosgd", ["optim.probability=1.1"], "must be in [0, 1], got 1.1"),
+        ("gosgd", ["optim.lr=-1"], "lr must be a finite number >= 0, got -1"),
+        ("cdsgd", ["optim.fraction=0.5"], "optim.fraction = 0.5 is for fedavg only"),
+        ("sgd", ["optim.rounds=2"], "optim.rounds = 2 is for cdsgd and cdmsgd and icdsgd only"),
+        ("sgd", [SERVER], "optim.asynchronous = True is for easgd and eamsgd only"),
+        ("gossip", ["optim.n_fetch=2"], "optim.n_fetch = 2 is for downpour only"),
+        ("sgd", ["exchange.wire=bfloat16"], "SGD exchanges float32 only"),
+        ("msgd", ["exchange.transport=direct"], "MSGD has no graph's edges"),
+        ("gosgd", ["exchange.timeout_s=0"], "exchange.timeout_s must be positive"),
+        ("fedvag", [], 'unknown optim.name "fedvag": did you mean fedavg?'),
+    ],
+)
+def test_a_bad_setting_of_a_run(
+    refuses: Refuses, name: str, settings: list[str], text: str
+) -> None:
+    refuses(text, name, *settings)
+    assert not Path("r", "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "text"),
+    [
+        ("downpour", [], "lr must be a finite number >= 0, got -1"),
+        ("downpour", ["optim.n_push=0"], "n_push must be a whole number >= 1, got 0"),
+        ("downpour", ["optim.n_fetch=-1"], "n_fetch must be a whole number >= 1, got -1"),
+        ("downpour", ["model.buffers=mixed", "model.name=test_systems:batch_norm",
+                      "model.args={}"], "Downpour SGD exchanges gradients"),
+        ("downpour", ["optim.probability=0.1"], "is for gossip and gosgd only"),
+        ("downpour", ["exchange.wire=bfloat16"], "Downpour exchanges float32 only"),
+        ("downpour", ["data.name=minst"], "did you mean mnist?"),
+        ("downpour", ["agents.topology=rnig"], "unknown topology"),
+        ("downpour", ["run.epochs=0"], "run.epochs must be at least 1"),
+        ("easgd", [SERVER, "optim.elasticity=2"], "optim.elasticity (e) must be in (0, 1)"),
+        ("easgd", [SERVER, "optim.period=0"], "period (tau) must be a whole number >= 1, got 0"),
+        ("eamsgd", [SERVER, "optim.momentum=1"], "momentum must be in [0, 1), got 1"),
+        ("eamsgd", [SERVER, "run.dir=0.toml"], "set run.dir to another folder"),
+    ],
+)  # fmt: skip
+def test_a_bad_setting_of_a_run_with_a_server(
+    refuses: Refuses, name: str, settings: list[str], text: str
+) -> None:
+    if MPI.COMM_WORLD.size == 1:
+        text = "no rank is left for the server: it has one of its own"
+    refuses(text, name, *(settings or ["optim.lr=-1"]))
+    assert not Path("r", "checkpoints").exists()
+
+
+def batch_norm() -> torch.nn.Module:
+    return torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.BatchNorm1d(16), torch.nn.Linear(16, 10)
+    )
+
+
+def test_a_run_in_pairs_needs_an_undirected_graph(refuses: Refuses, comm: MPI.Intracomm) -> None:
+    if comm.size < 3:
+        pytest.skip("with two agents no graph is directed")
+    refuses("an undirected graph", "gossip", "agents.topology=expo")
+
+
+@pytest.mark.parametrize("setting", ["optim.name=sgd", "optim.lr=0.02"])
+def test_a_config_that_differs_on_the_servers_rank(
+    refuses: Refuses, comm: MPI.Intracomm, setting: str
+) -> None:
+    if comm.size == 1:
+        pytest.skip("there is no other rank")
+    mine = [setting] if comm.rank == comm.size - 1 else []
+    refuses("the config must be the same on all ranks, but differs on", "downpour", *mine)
+
+
+@pytest.mark.parametrize("seldom", [False, True])
+@pytest.mark.parametrize("lr", ["1e9", "1e30"])
+@pytest.mark.parametrize(
+    "name",
+    ["sgd", "msgd", "fedavg", "easgd", "eamsgd", "gossip", "gosgd", "downpour", "easgd, server"],
+)
+def test_divergence_of_a_run(
+    refuses: Refuses, comm: MPI.Intracomm, name: str, lr: str, seldom: bool
+) -> None:
+    """It is found at the next evaluation or checkpoint, or where there are none, at the end."""
+    name, _, has_server = name.partition(", ")
+    settings = [SERVER] if has_server else []
+    if comm.size == 1 and (has_server or name == "downpour"):
+        pytest.skip("a server needs a rank of its own")
+    if seldom:
+        settings += ["run.evaluate_every=never", "run.checkpoint_every=never", "run.epochs=9"]
+    refuses("try a smaller lr", name, f"optim.lr={lr}", *settings)
+    assert not Path("r", "checkpoints").exists()
