@@ -52,9 +52,10 @@ def train(config: Config, comm: MPI.Intracomm) -> tuple[int, dict[str, Any] | No
     Raises:
         UserError: on every rank, or on every rank but the server, which then returns code 2.
     """
-    require_same(comm, "the config", repr(config))  # also on the rank that would be a server
+    require_same(comm, "the config", repr(config.optim))  # else one waits for a server, or as one
     if not needs_server(config.optim):
         return 0, Run(config, comm).train()
+    require_same(comm, "the config", repr(config))
     server = Server(comm)
     if server.is_here:
         return server.serve(), None
@@ -92,6 +93,7 @@ class Run:
         self._deferred = agents.gpu is not None  # the host runs ahead, and waits for no loss
         # Else cuDNN adds up gradients in any order, and a restart is not bit by bit the same.
         torch.backends.cudnn.deterministic = True
+        agents.require_same("the config", repr(config))
         agents.share_cores(config.agents.threads)
 
         seed = config.run.seed
