@@ -371,7 +371,8 @@ def test_easgd_with_a_server_in_lock_step(comm: MPI.Intracomm, kind: Any, period
         opt = kind(net.parameters(), ALPHA, agents=agents, server=server, period=period,
                    elasticity=e, **more)  # fmt: skip
         mu = MU if kind is EAMSGD else 0.0
-        # The first pulls, whose order is anybody's, are 0.
+        # The first pulls are 0, in any order, as long as they come before all others.
+        in_turn(agents, opt.exchange._settle)
         X, c = everybody_at_first(problem), problem.start[0].astype(np.float64)
         V, pulls = np.zeros_like(X), np.zeros_like(X)
         for k in range(7):
