@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,6 +80,12 @@ def _interrupted() -> int:
     os._exit(1)  # one rank alone; nothing is to be drained
 
 
+def _on_interrupt(number: int, frame: object) -> NoReturn:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _interrupted()
+    os._exit(1)
+
+
 def _train(arguments: argparse.Namespace) -> int:
     if arguments.agents is not None and not launch.inside_job():
         launch.relaunch(arguments.agents, ["train", arguments.config, *arguments.overrides])
@@ -90,6 +97,9 @@ def _train(arguments: argparse.Namespace) -> int:
     from mpicdsgd.runconfig import load_config
 
     shutdown.install()
+    # Not as an exception: raised in a weak reference's callback, Python prints and forgets it.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _on_interrupt)
     comm = MPI.COMM_WORLD
     with agreement(comm, "reading the config"):
         if arguments.agents not in (None, comm.size):

@@ -151,6 +151,9 @@ class Exchange:
         """A model beside the agents' own: there is none."""
         return None
 
+    def look(self) -> None:
+        """Nothing: what others wait for is under way by itself."""
+
     def meet(self) -> None:
         """Nothing: the agents are at most a few steps apart."""
 

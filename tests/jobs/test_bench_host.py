@@ -95,4 +95,4 @@ def test_step_in_a_job(run: Run, tmp_path: Path) -> None:
         "layer, 2 ranks: ours, direct over local, wall": 1.03,
         "cnn, 2 ranks: ours, direct over local, CPU": 1.02,
         "cnn, 2 ranks: ours, neighbor over local, CPU": 1.06,
-    } | {f"layer, 2 ranks: {w} over ours, direct, wall": 1.0 for w in peers | ways if w[0] == "D"}
+    } | {f"layer, 2 ranks: {w} over ours, direct, wall": 1.0 for w in ways if w[0] == "D"}
