@@ -93,7 +93,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     from mpicdsgd import shutdown
     from mpicdsgd.agreement import agreement
-    from mpicdsgd.run import train
+    from mpicdsgd.job import train
     from mpicdsgd.runconfig import load_config
 
     shutdown.install()

@@ -16,12 +16,11 @@ from mpi4py import MPI
 from mpicdsgd import checkpoint, models, native, record, state
 from mpicdsgd import config as reading
 from mpicdsgd.agents import Agents
-from mpicdsgd.agreement import TIMEOUT_S, agree, agreement, collect, require_same
+from mpicdsgd.agreement import TIMEOUT_S, agree, agreement, collect
 from mpicdsgd.algorithms.choose import (
     Circumstances,
     make_optimizer,
     make_scheduler,
-    needs_server,
     restore_schedule,
 )
 from mpicdsgd.data import Shuffler, load
@@ -39,35 +38,6 @@ from mpicdsgd.specs import graph_from_spec, mixing_from_spec
 log = logging.getLogger("mpicdsgd")
 
 _FORMAT = 1  # of a checkpoint's contents, raised when a restart needs other ones
-
-
-def train(config: Config, comm: MPI.Intracomm) -> tuple[int, dict[str, Any] | None]:
-    """Do the whole run of ``config`` on the ranks of ``comm``. Collective.
-
-    Where the algorithm has a server it is the last rank, and the others are the agents.
-
-    Returns:
-        The exit code, and the last line of metrics (None on ranks but 0).
-
-    Raises:
-        UserError: on every rank, or on every rank but the server, which then returns code 2.
-    """
-    require_same(comm, "the config", repr(config.optim))  # else one waits for a server, or as one
-    if not needs_server(config.optim):
-        return 0, Run(config, comm).train()
-    require_same(comm, "the config", repr(config))
-    server = Server(comm)
-    if server.is_here:
-        return server.serve(), None
-    if server.comm.rank == 0:
-        log.info("%d agents, and rank %d as their server", server.comm.size, server.rank)
-    try:
-        last = Run(config, server.comm, server).train()
-    except UserError:
-        server.close(2)
-        raise
-    server.close()
-    return 0, last
 
 
 class Run:
@@ -151,7 +121,7 @@ class Run:
         self._progress = Progress(self.total_steps, first, done=self.optimizer.steps)
 
     def train(self) -> dict[str, Any] | None:
-        """Train to the end. Collective. Returns the last line of metrics (None on ranks but 0).
+        """Train to the end. Collective. Returns the last line of metrics, on all agents.
 
         Raises:
             UserError: on every rank, where an agent's loss or parameters stop being finite.

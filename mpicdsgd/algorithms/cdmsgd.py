@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 from mpicdsgd.agents import Agents
-from mpicdsgd.algorithms.checks import at_least_zero, below_one
+from mpicdsgd.algorithms.forms import with_momentum
 from mpicdsgd.arena import Coefficients
 from mpicdsgd.errors import UserError
 from mpicdsgd.exchange import ExchangeConfig
@@ -75,11 +75,4 @@ class CDMSGD(AgentOptimizer):
         )
 
     def coefficients(self, group: dict[str, Any]) -> Coefficients:
-        mu = below_one("momentum", group["momentum"])
-        return Coefficients(
-            alpha=at_least_zero("lr", group["lr"]),
-            decay=at_least_zero("weight_decay", group["weight_decay"]),
-            mu=mu,
-            c_v=mu if self._nesterov else 1.0,
-            c_g=1.0 if self._nesterov else 0.0,
-        )
+        return with_momentum(group, self._nesterov)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mpicdsgd.agents import Agents
-from mpicdsgd.algorithms.checks import at_least_zero
+from mpicdsgd.algorithms.forms import plain
 from mpicdsgd.arena import Coefficients
 from mpicdsgd.exchange import ExchangeConfig
 from mpicdsgd.optim import AgentOptimizer
@@ -54,8 +54,4 @@ class CDSGD(AgentOptimizer):
         )
 
     def coefficients(self, group: dict[str, Any]) -> Coefficients:
-        return Coefficients(
-            alpha=at_least_zero("lr", group["lr"]),
-            decay=at_least_zero("weight_decay", group["weight_decay"]),
-            c_g=1.0,
-        )
+        return plain(group)

@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from mpicdsgd.agents import Agents
-from mpicdsgd.algorithms.checks import at_least_one, at_least_zero, seconds
+from mpicdsgd.algorithms.checks import at_least_one, seconds
+from mpicdsgd.algorithms.forms import plain
 from mpicdsgd.arena import Coefficients
 from mpicdsgd.errors import UserError
 from mpicdsgd.exchange import ExchangeConfig
@@ -80,10 +81,7 @@ class Downpour(AgentOptimizer):
         return link, [np.empty(0, np.float32)]
 
     def coefficients(self, group: dict[str, Any]) -> Coefficients:
-        return Coefficients(
-            alpha=at_least_zero("lr", group["lr"]),
-            decay=at_least_zero("weight_decay", group["weight_decay"]),
-        )
+        return plain(group)
 
     def use_gradients(self, scale: torch.Tensor | None, overflow: torch.Tensor | None) -> None:
         if overflow is not None and float(overflow):

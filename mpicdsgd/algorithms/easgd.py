@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from mpicdsgd.agents import Agents
-from mpicdsgd.algorithms.checks import at_least_one, at_least_zero, below_one, seconds
+from mpicdsgd.algorithms.checks import at_least_one, seconds
+from mpicdsgd.algorithms.forms import plain, with_momentum
 from mpicdsgd.arena import Coefficients
 from mpicdsgd.errors import UserError
 from mpicdsgd.exchange import ExchangeConfig
@@ -89,10 +90,7 @@ class EASGD(AgentOptimizer):
         return link, [np.array([self._elasticity], np.float32)]
 
     def coefficients(self, group: dict[str, Any]) -> Coefficients:
-        return Coefficients(
-            alpha=at_least_zero("lr", group["lr"]),
-            decay=at_least_zero("weight_decay", group["weight_decay"]),
-        )
+        return plain(group)
 
 
 class EAMSGD(EASGD):
@@ -114,10 +112,4 @@ class EAMSGD(EASGD):
         super().__init__(params, lr, agents=agents, momentum=momentum, **more)
 
     def coefficients(self, group: dict[str, Any]) -> Coefficients:
-        return Coefficients(
-            alpha=at_least_zero("lr", group["lr"]),
-            decay=at_least_zero("weight_decay", group["weight_decay"]),
-            mu=below_one("momentum", group["momentum"]),
-            c_v=1.0,
-            c_g=0.0,
-        )
+        return with_momentum(group, nesterov=False)

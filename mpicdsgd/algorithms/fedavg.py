@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from mpicdsgd.agents import Agents
-from mpicdsgd.algorithms.checks import at_least_one, at_least_zero, below_one, seconds
+from mpicdsgd.algorithms.checks import at_least_one, below_one, seconds
+from mpicdsgd.algorithms.forms import plain
 from mpicdsgd.arena import Coefficients
 from mpicdsgd.errors import UserError
 from mpicdsgd.exchange import ExchangeConfig
@@ -87,10 +88,7 @@ class FedAvg(AgentOptimizer):
         return link, [np.empty(0, np.float32)]
 
     def coefficients(self, group: dict[str, Any]) -> Coefficients:
-        return Coefficients(
-            alpha=at_least_zero("lr", group["lr"]),
-            decay=at_least_zero("weight_decay", group["weight_decay"]),
-        )
+        return plain(group)
 
     @property
     def takes_part(self) -> bool:

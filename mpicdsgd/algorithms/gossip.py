@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from mpicdsgd.agents import Agents
 from mpicdsgd.algorithms import checks
-from mpicdsgd.algorithms.checks import at_least_zero, seconds
+from mpicdsgd.algorithms.checks import seconds
+from mpicdsgd.algorithms.forms import plain
 from mpicdsgd.arena import Coefficients
 from mpicdsgd.errors import UserError
 from mpicdsgd.exchange import ExchangeConfig
@@ -73,10 +74,7 @@ class GossipSGD(AgentOptimizer):
         return link, [np.empty(0, np.float32)]
 
     def coefficients(self, group: dict[str, Any]) -> Coefficients:
-        return Coefficients(
-            alpha=at_least_zero("lr", group["lr"]),
-            decay=at_least_zero("weight_decay", group["weight_decay"]),
-        )
+        return plain(group)
 
 
 class GoSGD(GossipSGD):

@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 from mpicdsgd.agents import Agents
-from mpicdsgd.algorithms.checks import at_least_zero, below_one, seconds
+from mpicdsgd.algorithms.checks import seconds
+from mpicdsgd.algorithms.forms import plain, with_momentum
 from mpicdsgd.arena import Coefficients
 from mpicdsgd.errors import UserError
 from mpicdsgd.exchange import ExchangeConfig
@@ -64,10 +65,7 @@ class SGD(AgentOptimizer):
         return MeanGradients(self.agents, self.arena, timeout_s), [np.empty(0, np.float32)]
 
     def coefficients(self, group: dict[str, Any]) -> Coefficients:
-        return Coefficients(
-            alpha=at_least_zero("lr", group["lr"]),
-            decay=at_least_zero("weight_decay", group["weight_decay"]),
-        )
+        return plain(group)
 
     def use_gradients(self, scale: torch.Tensor | None, overflow: torch.Tensor | None) -> None:
         self.exchange.complete()
@@ -125,11 +123,4 @@ class MSGD(SGD):
         )
 
     def coefficients(self, group: dict[str, Any]) -> Coefficients:
-        mu = below_one("momentum", group["momentum"])
-        return Coefficients(
-            alpha=at_least_zero("lr", group["lr"]),
-            decay=at_least_zero("weight_decay", group["weight_decay"]),
-            mu=mu,
-            c_v=mu if self._nesterov else 1.0,
-            c_g=1.0 if self._nesterov else 0.0,
-        )
+        return with_momentum(group, self._nesterov)

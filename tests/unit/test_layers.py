@@ -35,14 +35,14 @@ LAYERS: list[tuple[str, set[str]]] = [
     ("algorithms", {"optim", "algorithms", "algorithms.cdsgd", "algorithms.cdmsgd",
                     "algorithms.mixed", "algorithms.sgd", "algorithms.fedavg",
                     "algorithms.easgd", "algorithms.gossip", "algorithms.downpour",
-                    "algorithms.checks", "algorithms.choose"}),
+                    "algorithms.checks", "algorithms.forms", "algorithms.choose"}),
     ("data and models", {"data", "data.cifar", "data.custom", "data.digits", "data.files",
                          "data.hdf5", "data.loading", "data.mnist", "data.partition",
                          "data.samples", "data.shuffle", "data.source", "data.feed", "models",
                          "evaluate"}),
     ("the run", {"config", "runfolder", "manifest", "rankfile", "inspection", "checkpoint", "state",
                  "record", "comparison", "figures", "graphplot", "plots", "progress", "measure",
-                 "runconfig", "minibatch", "run"}),
+                 "runconfig", "minibatch", "run", "job"}),
     ("command line", {"launch", "info", "cli", "__main__"}),
 ]  # fmt: skip
 LAYER = {module: i for i, (_, modules) in enumerate(LAYERS) for module in modules}

@@ -1,0 +1,46 @@
+"""A whole run on the ranks of a job: agents, and a server where the algorithm has one."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from mpi4py import MPI
+
+from mpicdsgd.agreement import require_same
+from mpicdsgd.algorithms.choose import needs_server
+from mpicdsgd.errors import UserError
+from mpicdsgd.links.server import Server
+from mpicdsgd.run import Run
+from mpicdsgd.runconfig import Config
+
+log = logging.getLogger("mpicdsgd")
+
+
+def train(config: Config, comm: MPI.Intracomm) -> tuple[int, dict[str, Any] | None]:
+    """Do the whole run of ``config`` on the ranks of ``comm``. Collective.
+
+    Where the algorithm has a server it is the last rank, and the others are the agents.
+
+    Returns:
+        The exit code, and the last line of metrics (None on a server's rank).
+
+    Raises:
+        UserError: on every rank, or on every rank but the server, which then returns code 2.
+    """
+    require_same(comm, "the config", repr(config.optim))  # else one waits for a server, or as one
+    if not needs_server(config.optim):
+        return 0, Run(config, comm).train()
+    require_same(comm, "the config", repr(config))
+    server = Server(comm)
+    if server.is_here:
+        return server.serve(), None
+    if server.comm.rank == 0:
+        log.info("%d agents, and rank %d as their server", server.comm.size, server.rank)
+    try:
+        last = Run(config, server.comm, server).train()
+    except UserError:
+        server.close(2)
+        raise
+    server.close()
+    return 0, last
