@@ -742,3 +742,20 @@ def test_divergence_of_a_run(
         settings += ["run.evaluate_every=never", "run.checkpoint_every=never", "run.epochs=9"]
     refuses("try a smaller lr", name, f"optim.lr={lr}", *settings)
     assert not Path("r", "checkpoints").exists()
+
+
+def test_gosgd_rests_only_when_late_mail_has_been_read(comm: MPI.Intracomm) -> None:
+    """As on a slow network: nothing is found in the mail before its 600th reading."""
+    agents = make_agents(comm, "complete")
+    x = torch.nn.Parameter(torch.full((64,), float(agents.rank)))
+    opt = GoSGD([x], agents=agents, probability=1.0)
+    link: Any = opt.exchange
+    read, readings = link._read_mail, iter(range(10**9))
+    link._read_mail = lambda: read() if next(readings) > 600 else None
+    opt.mix()
+    opt.rest()
+    w = np.array(comm.allgather(link.weight))
+    assert w.sum() == pytest.approx(1.0, abs=1e-12)
+    means = np.array(comm.allgather(float(x.detach().mean())))
+    assert w @ means == pytest.approx((comm.size - 1) / 2, rel=1e-5)
+    opt.close()
