@@ -2,8 +2,9 @@
 
 One pass with momentum, float32, for agents with 0 to 16 neighbours, against the plain NumPy
 expression, torch in place and torch's foreach functions, all in one process and on the same
-threads (NumPy has one). The yardstick is STREAM's triad, the faster of ordinary and streaming
-stores. Bytes are those that no implementation can avoid: (degree + 6) * 4 per parameter.
+threads (NumPy has one); and one that measures the agents' disagreement and the gradient's norm
+too, as run.theory = true asks. The yardstick is STREAM's triad, the faster of ordinary and
+streaming stores. Bytes are those that no implementation can avoid: (degree + 6) * 4 per parameter.
 
     python bench/kernel.py [--quick] [--out FILE] [--threads N]
 """
@@ -30,6 +31,7 @@ from mpicdsgd.exchange.memory import PAGE, staggered
 HERE = Path(__file__).parent
 DEGREES = (0, 1, 2, 3, 4, 6, 8, 9, 12, 16)
 COMPARED = (2, 4, 8)  # degrees at which NumPy and torch run too: they are slow
+MEASURED = (2, 4)
 
 
 def aligned(size: int, number: int = 0) -> np.ndarray:
@@ -70,11 +72,11 @@ class Buffers:
         self.segments["c_v"], self.segments["c_g"] = MU, 1.0
 
 
-def fused(b: Buffers, degree: int, threads: int) -> None:
+def fused(b: Buffers, degree: int, threads: int, measure: int = 0) -> None:
     weights = np.full(degree, 1 / (degree + 1), np.float32)
     native.update(b.x, b.x, at=b.x, v=b.v, y=None, p=b.p, q=None, neighbours=b.near[:degree],
                   weights=weights, segments=b.segments, wire="float32",
-                  threads=threads)  # fmt: skip
+                  threads=threads, measure=measure)  # fmt: skip
 
 
 def numpy_plain(b: Buffers, degree: int) -> None:
@@ -146,6 +148,8 @@ def main() -> int:
     names |= {"triad": 12 * size, "triad, streaming": 12 * size}
     for degree in DEGREES:
         ways = {"fused": lambda d=degree: fused(b, d, args.threads)}
+        if degree in MEASURED:
+            ways["fused, measuring"] = lambda d=degree: fused(b, d, args.threads, 1)
         if degree in COMPARED:
             ways["numpy"] = lambda d=degree: numpy_plain(b, d)
             ways["torch in place"] = lambda d=degree: torch_in_place(b, d)
@@ -184,6 +188,10 @@ def main() -> int:
         check(f"times NumPy, degree {degree}", speedup("numpy", degree), 4.0)
         for way in ("torch in place", "torch foreach"):
             check(f"times {way}, degree {degree}", speedup(way, degree), 1.8)
+
+    for degree in MEASURED:
+        name = f"time of a pass that measures, degree {degree}"
+        checks.append(common.check(name, speedup("fused, measuring", degree), 1.03, at_most=True))
 
     record = {
         **common.provenance(),

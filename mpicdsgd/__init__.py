@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mpicdsgd.exchange import ExchangeConfig as ExchangeConfig
     from mpicdsgd.exchange import ExchangeError as ExchangeError
     from mpicdsgd.exchange import OutOfStep as OutOfStep
+    from mpicdsgd.fastestmixing import fastest as fastest
     from mpicdsgd.links.server import Server as Server
     from mpicdsgd.mixing import MixingMatrix as MixingMatrix
     from mpicdsgd.mixing import from_matrix as from_matrix
@@ -80,6 +81,7 @@ _HOMES = {
         "ExchangeError",
         "OutOfStep",
     ],
+    "fastestmixing": ["fastest"],
     "links.server": ["Server"],
     "mixing": ["MixingMatrix", "from_matrix", "lazy", "max_degree", "metropolis", "uniform"],
     "specs": ["graph_from_spec", "mixing_from_spec"],

@@ -10,14 +10,13 @@ import argparse
 import json
 import logging
 import os
-import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from mpicdsgd import __version__, launch
 from mpicdsgd.errors import UserError
@@ -122,79 +121,47 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _graph(arguments: argparse.Namespace) -> int:
-    from mpicdsgd.specs import graph_from_spec, mixing_from_spec
+    from mpicdsgd import graphreport, graphsuggest, graphtable
 
-    if arguments.png and len(arguments.specs) != 1:
-        raise UserError(f"--png draws one graph, got {len(arguments.specs)} specs")
-    reports = []
-    for spec in arguments.specs:
-        n = _agents_in(spec) if arguments.agents is None else arguments.agents
-        graph = graph_from_spec(spec, n)
-        mixing = mixing_from_spec(arguments.mixing, graph)
-        spectrum = mixing.spectrum
-        report: dict[str, Any] = {
-            "spec": spec,
-            "agents": n,
-            "directed": graph.directed,
-            "edges": len(graph.edges) if graph.directed else len(graph.edges) // 2,
-            "degree_min": min(graph.degrees),
-            "degree_max": max(graph.degrees),
-            "diameter": graph.diameter,
-            "mixing": arguments.mixing,
-            "lambda_2": spectrum.lambda_2,
-            "lambda_n": spectrum.lambda_n,
-            "gap": spectrum.gap,
-            "turns": len(mixing.turns),
-            "gap_per_turn": mixing.gap_per_turn,
-            "assumption_2": [
-                {"condition": c.name, "holds": c.holds, "detail": c.detail}
-                for c in mixing.conditions
-            ],
-            "remarks": [*graph.remarks, *mixing.remarks],
-        }
-        reports.append(report)
-        if not arguments.json:
-            _print_graph(report)
+    question = graphreport.Question(
+        parameters=arguments.parameters,
+        wire=arguments.wire,
+        gamma_m=arguments.gamma,
+        Q_m=arguments.Q_m,
+        zeta_1=arguments.zeta_1,
+        lr=arguments.lr,
+        gradient_bound=arguments.gradient_bound,
+    )
+    if arguments.suggest:
+        graphsuggest.check_words(arguments.specs, arguments.mixing)
+        made = graphsuggest.suggest(arguments.agents, arguments.max_degree)
+        drawn = made[:1]
+    else:
+        if not arguments.specs or arguments.max_degree is not None:
+            raise UserError(
+                "--max-degree belongs to --suggest: give that too"
+                if arguments.specs
+                else "no topology given: name one, as in mpicdsgd graph ring -n 5, or --suggest"
+            )
+        made = [
+            (spec, *graphreport.graph_of(spec, arguments.agents, arguments.mixing))
+            for spec in arguments.specs
+        ]
+        drawn = made
+    reports = [graphreport.report(*one, question) for one in made]
     if arguments.json:
         print(json.dumps(reports, indent=2))
+    else:
+        alone = len(reports) == 1 and not arguments.suggest
+        print(graphtable.details(reports[0]) if alone else graphtable.table(reports))
+        if arguments.suggest:
+            print(graphsuggest.config_lines(reports[0]))
     if arguments.png:
-        from mpicdsgd.graphplot import draw_graph
+        from mpicdsgd.graphplot import draw_graphs
 
-        draw_graph(graph, mixing, Path(arguments.png))
+        draw_graphs([(graph, mixing) for _, graph, mixing in drawn], Path(arguments.png))
         print(f"drawing: {arguments.png}", file=sys.stderr if arguments.json else sys.stdout)
     return 0
-
-
-def _agents_in(spec: str) -> int:
-    sizes = re.fullmatch(r"(?:torus|grid):(\d{1,6})x(\d{1,6})", spec)
-    if sizes is None:
-        raise UserError(f"how many agents has {spec}? Say it with -n, as in -n 5")
-    return int(sizes[1]) * int(sizes[2])
-
-
-def _print_graph(report: dict[str, Any]) -> None:
-    low, high = report["degree_min"], report["degree_max"]
-    print(
-        f"{report['spec']}: {report['agents']} agents, {report['edges']} "
-        f"{'directed ' if report['directed'] else ''}edges, degree "
-        f"{low if low == high else f'{low} to {high}'}, diameter {report['diameter']}"
-    )
-    print(
-        f"mixing {report['mixing']}: lambda_2 {report['lambda_2']:.6f}, lambda_N "
-        f"{report['lambda_n']:.6f}, gap {report['gap']:.6f}"
-    )
-    if report["turns"] > 1:
-        print(
-            f"  these are the moduli of the product of {report['turns']} matrices used in turn; "
-            f"gap per turn {report['gap_per_turn']:.6f}"
-        )
-    for condition in report["assumption_2"]:
-        print(
-            f"  {'holds' if condition['holds'] else 'FAILS'}  {condition['condition']}: "
-            f"{condition['detail']}"
-        )
-    for remark in report["remarks"]:
-        print(f"  note: {remark}")
 
 
 def _plot(arguments: argparse.Namespace) -> int:
@@ -295,11 +262,34 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     graph = commands.add_parser("graph", help="what a topology and its mixing matrix are worth")
-    graph.add_argument("specs", nargs="+", metavar="SPEC", help="ring, torus:4x4, file:net.edges")
+    graph.add_argument(
+        "specs", nargs="*", metavar="SPEC", help="ring, torus:4x4, file:net.edges; several: a table"
+    )
     graph.add_argument("-n", "--agents", type=int, metavar="N")
-    graph.add_argument("--mixing", default="metropolis", metavar="SPEC")
-    graph.add_argument("--png", metavar="FILE", help="draw it")
+    graph.add_argument(
+        "--mixing", metavar="SPEC", help="default: metropolis, on directed graphs uniform"
+    )
+    graph.add_argument(
+        "--png", metavar="FILE", help="draw it, several side by side; of --suggest the best"
+    )
     graph.add_argument("--json", action="store_true")
+    graph.add_argument("--parameters", type=int, metavar="D", help="of the model, for the bytes")
+    graph.add_argument(
+        "--wire", choices=("float32", "bfloat16", "float16"), default="float32", help="what travels"
+    )
+    graph.add_argument(
+        "--gamma", type=float, metavar="G", help="gamma_m: the largest step sizes, (14) and (15)"
+    )
+    graph.add_argument("--Q-m", type=float, metavar="Q", help="for --gamma; default 1")
+    graph.add_argument("--zeta-1", type=float, metavar="Z", help="for --gamma; default 1")
+    graph.add_argument("--lr", type=float, metavar="ALPHA", help="the consensus radius, with")
+    graph.add_argument("--gradient-bound", type=float, metavar="L", help="of all agents together")
+    graph.add_argument(
+        "--suggest", action="store_true", help="rank topologies of -n agents by gap per byte"
+    )
+    graph.add_argument(
+        "--max-degree", type=int, metavar="K", help="neighbours that an agent may have"
+    )
     graph.set_defaults(run=_graph)
 
     plot = commands.add_parser("plot", help="accuracy, loss and consensus distance of runs")

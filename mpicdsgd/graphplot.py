@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -18,6 +21,7 @@ Positions = NDArray[np.float64]  # (N, 2)
 _SPRINGS = 400  # agents up to which springs are let settle; networkx takes SciPy for more
 _NUMBERED = 9.0  # points of diameter from which an agent has its number in it
 _INCHES = 6.5
+_INCHES_OF_SEVERAL = 4.2
 _MARGIN = 0.25
 
 
@@ -34,20 +38,57 @@ def draw_graph(graph: Graph, mixing: Mixing | None, out: Path) -> None:
     Raises:
         UserError: ``out`` cannot be written or has another suffix.
     """
+    draw_graphs([(graph, mixing)], out)
+
+
+def draw_graphs(graphs: Sequence[tuple[Graph, Mixing | None]], out: Path) -> None:
+    """Draw several as ``draw_graph`` does, side by side, by rows in the order given. Local.
+
+    Raises:
+        UserError: ``out`` cannot be written or has another suffix.
+    """
     out = Path(out)
     check_suffix(out)
     from matplotlib.figure import Figure
+
+    assert graphs, "nothing to draw"
+    columns = math.ceil(math.sqrt(len(graphs)))
+    rows = math.ceil(len(graphs) / columns)
+    side = _INCHES if len(graphs) == 1 else _INCHES_OF_SEVERAL
+    places = [layout(graph) for graph, _ in graphs]
+    scales = [_scale(at_N2, side) for at_N2 in places]
+    tallest = max(
+        scale * float(np.ptp(_limits(at_N2)[:, 1]))
+        for at_N2, scale in zip(places, scales, strict=True)
+    )
+    size = (columns * side, rows * (tallest + 0.7))
+    figure = Figure(figsize=size, layout="constrained")
+    cells = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for axes in cells[len(graphs) :]:
+        axes.remove()
+    for axes, one, at_N2, scale in zip(cells, graphs, places, scales, strict=False):
+        axes.set_title(_title(*one), color=INK, fontsize=11 if len(graphs) == 1 else 8)
+        _draw(axes, *one, at_N2, scale)
+    save(figure, out)
+
+
+def _limits(at_N2: Positions) -> Positions:
+    """The lowest and the highest corner of a drawing, shape (2, 2)."""
+    return np.stack([at_N2.min(axis=0) - _MARGIN, at_N2.max(axis=0) + _MARGIN])
+
+
+def _scale(at_N2: Positions, side: float) -> float:
+    """Inches per unit where no side is longer than ``side`` inches."""
+    width, height = (float(length) for length in np.ptp(_limits(at_N2), axis=0))
+    return min(side / width, side / height)
+
+
+def _draw(axes: Any, graph: Graph, mixing: Mixing | None, at_N2: Positions, scale: float) -> None:
     from matplotlib.patches import FancyArrowPatch
 
-    at_N2 = layout(graph)
-    low, high = at_N2.min(axis=0) - _MARGIN, at_N2.max(axis=0) + _MARGIN
-    width, height = (float(side) for side in high - low)
-    scale = min(_INCHES / width, _INCHES / height)
-    figure = Figure(figsize=(_INCHES, scale * height + 0.7), layout="constrained")
-    axes = figure.subplots()
+    low, high = _limits(at_N2)
     axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
     axes.set_axis_off()
-    axes.set_title(_title(graph, mixing), color=INK, fontsize=11)
     # Agents never touch: 0.6 of the least distance, in points.
     size = float(np.clip(0.6 * 72 * scale * _least_distance(at_N2), 2, 30))
     edges = [(a, b) for a, b in graph.edges if graph.directed or a < b]
@@ -83,7 +124,6 @@ def draw_graph(graph: Graph, mixing: Mixing | None, out: Path) -> None:
             axes.text(
                 x, y, str(agent), color="white", size=font, ha="center", va="center", zorder=3
             )
-    save(figure, out)
 
 
 def layout(graph: Graph) -> Positions:

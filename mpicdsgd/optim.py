@@ -20,7 +20,7 @@ from mpicdsgd.arena import Arena, Coefficients
 from mpicdsgd.errors import UserError
 from mpicdsgd.exchange import AgentFault, Exchange, ExchangeConfig, Reason, open_exchange
 from mpicdsgd.links.link import Link
-from mpicdsgd.stepper import Stepper
+from mpicdsgd.stepper import Measured, Stepper
 
 log = logging.getLogger("mpicdsgd")
 
@@ -193,6 +193,25 @@ class AgentOptimizer(torch.optim.Optimizer):
     def skipped_means_fault(self, value: bool) -> None:
         self.stepper.skipped_means_fault = value
 
+    def measure(self) -> None:
+        """Have each step from now on measure disagreement and gradient, for `measured`. Local.
+
+        It costs little, and changes no bit of the parameters.
+
+        Raises:
+            UserError: for an algorithm that mixes by no matrix.
+        """
+        if isinstance(self.exchange, Link):
+            raise UserError(f"{type(self).__name__} has no disagreement to measure: only CDSGD, "
+                            "CDMSGD and Mixed mix by a matrix")  # fmt: skip
+        self.stepper.measuring = True
+
+    def measured(self) -> list[Measured]:
+        """What the steps since the last call measured, in order; waits for a GPU. Local."""
+        self.settle()
+        measured, self.stepper.measured = self.stepper.measured, []
+        return [one._replace(gradient=float(one.gradient)) for one in measured]
+
     @property
     def stopping(self) -> bool:
         """Whether all agents are to stop now; true on all after the same step."""
@@ -292,11 +311,12 @@ class AgentOptimizer(torch.optim.Optimizer):
         momentum = {p: s["v"].clone() for p, s in self.state.items() if "v" in s}
         ahead = {p: s["x"].clone() for p, s in self.state.items() if "x" in s}
         stop_wanted, steps = self.exchange.stop_wanted, self.steps
-        skipped_means_fault = self.skipped_means_fault
+        before = self.stepper
         self.close()
         super().add_param_group(param_group)
         self._open(steps)
-        self.skipped_means_fault = skipped_means_fault
+        for name in ("skipped_means_fault", "measuring", "measured"):
+            setattr(self.stepper, name, getattr(before, name))
         if stop_wanted:
             self.exchange.request_stop()
         for values, name in ((momentum, "v"), (ahead, "x")):

@@ -23,7 +23,6 @@ from mpicdsgd.runfolder import is_regular, reason, strict, swing_link, write_who
 
 log = logging.getLogger("mpicdsgd")
 
-_FILE = re.compile(r"metrics\.g(\d{4,9})\.jsonl")
 _NUMBERS = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 _TAGS = {  # TensorBoard's tag for a value at this place of a line
     "loss/train": ("train_loss", "mean"),
@@ -47,7 +46,8 @@ _TAGS = {  # TensorBoard's tag for a value at this place of a line
 class Metrics:
     """The run's metrics file of this generation, open for lines. Local: one rank has it enabled.
 
-    The file ``metrics.gNNNN.jsonl`` begins with the lines up to ``resume_step`` of the generation
+    Or another record of the same manner, by its ``name``, which then stands for metrics here. The
+    file ``metrics.gNNNN.jsonl`` begins with the lines up to ``resume_step`` of the generation
     before; ``metrics.jsonl`` is a link to it. Append a step's line before that step's checkpoint is
     written: a line that comes after is lost if the job ends between the two.
 
@@ -58,6 +58,7 @@ class Metrics:
         enabled: False makes every method do nothing (all ranks but one).
         tensorboard: also write scalars for TensorBoard, below ``tensorboard/gNNNN``.
         resume_generation: the checkpoint's generation, whose lines go on; None: the newest before.
+        name: of the record.
 
     Raises:
         UserError: the file cannot be written, or TensorBoard is asked for and not installed.
@@ -72,6 +73,7 @@ class Metrics:
         *,
         tensorboard: bool = False,
         resume_generation: int | None = None,
+        name: str = "metrics",
     ) -> None:
         self._pending = b""
         self._handle = -1
@@ -80,15 +82,16 @@ class Metrics:
             return
         if tensorboard:
             self._board = _tensorboard(run_dir / "tensorboard" / f"g{generation:04d}")
-        self.path = run_dir / f"metrics.g{generation:04d}.jsonl"
+        self.path = run_dir / f"{name}.g{generation:04d}.jsonl"
         try:
-            kept = _kept(run_dir, generation, resume_step, resume_generation)
+            before = {g: p for g, p in files(run_dir, name).items() if g < generation}
+            kept = _kept(before, resume_step, resume_generation)
             write_whole(self.path, b"".join(line + b"\n" for line, _ in kept))
             self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
             self._size_bytes = os.fstat(self._handle).st_size
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {reason(error)}") from None
-        swing_link(run_dir / "metrics.jsonl", self.path.name, generation)
+        swing_link(run_dir / f"{name}.jsonl", self.path.name, generation)
         for _, record in kept:
             self._scalars(record)
 
@@ -149,11 +152,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     path = Path(path)
     try:
         if path.is_dir():
-            files = _files(path)
-            path = files[max(files)] if files else path / "metrics.jsonl"
+            found = files(path)
+            path = found[max(found)] if found else path / "metrics.jsonl"
         if not is_regular(path):
             raise UserError(f"there are no metrics at {path}: give a run's folder or metrics.jsonl")
-        return [_numbers(record) for _, record in _lines(path)]
+        return [numbers(record) for _, record in _lines(path)]
     except OSError as error:
         raise UserError(f"{path} cannot be read: {reason(error)}") from None
 
@@ -198,18 +201,29 @@ def _commit() -> str:
     return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
-def _files(run_dir: Path) -> dict[int, Path]:
+def files(run_dir: Path, name: str = "metrics") -> dict[int, Path]:
+    """A record's files in a run's folder, by generation. Raises OSError."""
+    pattern = re.compile(rf"{name}\.g(\d{{4,9}})\.jsonl")
     names = os.listdir(run_dir)
-    return {int(match[1]): run_dir / match[0] for n in names if (match := _FILE.fullmatch(n))}
+    return {int(match[1]): run_dir / match[0] for n in names if (match := pattern.fullmatch(n))}
+
+
+def numbers(value: Any) -> Any:
+    """A line's NaN and infinities as numbers again."""
+    if isinstance(value, dict):
+        return {key: numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [numbers(item) for item in value]
+    return _NUMBERS.get(value, value) if isinstance(value, str) else value
 
 
 def _kept(
-    run_dir: Path, generation: int, resume_step: int | None, resume_generation: int | None
+    before: dict[int, Path], resume_step: int | None, resume_generation: int | None
 ) -> list[tuple[bytes, dict[str, Any]]]:
     """The lines that a resumed run goes on from."""
     if resume_step is None:
         return []
-    before = {g: path for g, path in _files(run_dir).items() if g < generation and is_regular(path)}
+    before = {g: path for g, path in before.items() if is_regular(path)}
     if not before:
         return []
     source = resume_generation if resume_generation in before else max(before)
@@ -234,14 +248,6 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     if dropped:
         log.warning("%s: %d damaged or half line(s) left out", path, dropped)
     return sound
-
-
-def _numbers(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    return _NUMBERS.get(value, value) if isinstance(value, str) else value
 
 
 def _tensorboard(folder: Path) -> Any:

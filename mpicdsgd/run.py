@@ -34,6 +34,7 @@ from mpicdsgd.minibatch import minibatch_step
 from mpicdsgd.progress import Progress
 from mpicdsgd.runconfig import Config, as_json, check, differences, every
 from mpicdsgd.specs import graph_from_spec, mixing_from_spec
+from mpicdsgd.trace import Recorder
 
 log = logging.getLogger("mpicdsgd")
 
@@ -118,6 +119,17 @@ class Run:
                 tensorboard=config.run.tensorboard,
                 resume_generation=snapshot.generation if snapshot else None,
             )
+        self._trace: Recorder | None = None
+        if config.run.theory:
+            self.optimizer.measure()
+            with agents.agreement("trace file"):
+                self._trace = Recorder(
+                    agents.comm,
+                    self._dir,
+                    agents.generation,
+                    snapshot.step if snapshot else None,
+                    snapshot.generation if snapshot else None,
+                )
         self._progress = Progress(self.total_steps, first, done=self.optimizer.steps)
 
     def train(self) -> dict[str, Any] | None:
@@ -134,6 +146,8 @@ class Run:
             raise self._as_mistake(fault) from None
         self.optimizer.close()
         self._metrics.close()
+        if self._trace is not None:
+            self._trace.close()
         return self._last
 
     def _epoch(self) -> None:
@@ -156,6 +170,7 @@ class Run:
             self.optimizer.mix()
             self.scheduler.step()
             return
+        lr = float(self.optimizer.param_groups[0]["lr"])
         loss, right = minibatch_step(
             self.model,
             self.loss_fn,
@@ -166,6 +181,8 @@ class Run:
             deferred=self._deferred,
         )
         self.scheduler.step()
+        if self._trace is not None:
+            self._trace.add(lr, loss, len(targets))
         means = self._means
         means.add(loss, right, len(targets))
         self._progress.update(
@@ -174,6 +191,7 @@ class Run:
 
     def _evaluate(self) -> None:
         self._no_fault("evaluation")
+        self._flush()
         config, data = self.config.run, self.data
         training = self._means.values()
         if config.evaluate_train:
@@ -218,6 +236,7 @@ class Run:
 
     def _save(self) -> None:
         self._no_fault("checkpoint")
+        self._flush()
         meta = {
             "random": state.capture_random(),
             "means": self._means.numbers(),
@@ -254,6 +273,11 @@ class Run:
             # Also where the fault itself has not arrived yet: closing need not raise it again.
             self.optimizer.exchange.fault_raised = True
             raise
+
+    def _flush(self) -> None:
+        """Write the steps since the last flush into the trace, if there is one. Collective."""
+        if self._trace is not None:
+            self._trace.flush(self.optimizer.measured())
 
     def _as_mistake(self, fault: AgentFault) -> UserError:
         kept = (

@@ -13,7 +13,7 @@ from typing import Any
 
 from mpicdsgd import config as reading
 from mpicdsgd.agents import AgentsConfig
-from mpicdsgd.algorithms.choose import OptimConfig
+from mpicdsgd.algorithms.choose import NAMES, OptimConfig
 from mpicdsgd.data import DataConfig
 from mpicdsgd.errors import UserError
 from mpicdsgd.exchange import ExchangeConfig
@@ -34,6 +34,7 @@ class RunConfig:
     resume: str = "auto"  # or "never": begin anew, as a new generation of the run
     keep: int = 3  # checkpoints
     tensorboard: bool = False
+    theory: bool = False  # record what the theory speaks of, at every step: see `trace`
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ def check(config: Config) -> None:
     for name in ("epochs", "keep", "evaluate_batch"):
         if getattr(config.run, name) < 1:
             raise UserError(f"run.{name} must be at least 1")
+    if config.run.theory and config.optim.name in _WITHOUT_GRAPH:
+        raise UserError(
+            f"run.theory = true is for algorithms that mix by a matrix ({', '.join(_WITH_GRAPH)} "
+            f'and any torch optimizer), not optim.name = "{config.optim.name}": leave it out'
+        )
     if config.agents.threads < 0:
         raise UserError(
             f"agents.threads must be at least 0 (0: this node's cores shared out), "
@@ -109,4 +115,8 @@ def differences(then: Any, now: Any, where: str = "") -> list[str]:
     return [f"{where[:-1]} = {now!r} (was {then!r})"]
 
 
-MAY_CHANGE = ("run.dir", "run.resume", "run.keep", "run.epochs", "run.tensorboard", "data.path")
+_WITH_GRAPH = ("cdsgd", "cdmsgd", "icdsgd")
+_WITHOUT_GRAPH = set(NAMES) - set(_WITH_GRAPH)
+MAY_CHANGE = (
+    "run.dir", "run.resume", "run.keep", "run.epochs", "run.tensorboard", "run.theory", "data.path",
+)  # fmt: skip

@@ -26,7 +26,7 @@ from mpicdsgd.errors import UserError
 log = logging.getLogger("mpicdsgd")
 
 _CLAIM = re.compile(r"generation-(\d{4,9})")
-_OWNED = re.compile(r"(?:config|metrics)\.g(\d{4,9})\.(?:toml|jsonl)")
+_OWNED = re.compile(r"(?:config|metrics|trace)\.g(\d{4,9})\.(?:toml|jsonl)")
 
 
 def claim_generation(run_dir: Path) -> int:

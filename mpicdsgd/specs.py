@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from mpicdsgd import cycle, mixing, topology
 from mpicdsgd.cycle import Mixing
 from mpicdsgd.errors import UserError
+from mpicdsgd.fastestmixing import fastest
 from mpicdsgd.graph import Graph
 from mpicdsgd.graphfiles import read_graph
 from mpicdsgd.matrixfiles import read_matrix
@@ -35,6 +36,7 @@ _MATRICES: dict[str, Callable[[Graph], Mixing]] = {
     "uniform": mixing.uniform,
     "metropolis": mixing.metropolis,
     "max-degree": mixing.max_degree,
+    "fastest": fastest,
     "matchings": cycle.alternating_matchings,
     "one-peer": cycle.one_peer_on,
 }
@@ -71,8 +73,9 @@ def graph_from_spec(spec: str, n: int) -> Graph:
 def mixing_from_spec(spec: str, graph: Graph) -> Mixing:
     """The mixing matrix on ``graph`` that ``spec`` names, or the cycle of them.
 
-    ``uniform metropolis max-degree lazy:<another> file:pi.csv file:pi.npy file:pi.h5:dataset``, and
-    in turn ``matchings one-peer cycle:a.csv,b.csv``. Files: ``matrixfiles.read_matrix``.
+    ``uniform metropolis max-degree fastest lazy:<another> file:pi.csv file:pi.npy
+    file:pi.h5:dataset``, and in turn ``matchings one-peer cycle:a.csv,b.csv``. Files:
+    ``matrixfiles.read_matrix``.
 
     Raises:
         UserError: unknown name, a graph it does not fit, a bad file, a matrix that fails

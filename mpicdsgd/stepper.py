@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,32 @@ from mpicdsgd.links.link import Link
 from mpicdsgd.update import Outcome, make_update
 
 log = logging.getLogger("mpicdsgd")
+
+
+class Measured(NamedTuple):
+    """What this agent measured at x_k, before step k; parameters only, no mixed buffers.
+
+    Attributes:
+        step: k.
+        disagreement: D_j = 1/2 sum_l Pi[j,l] |p_l - p_j|^2, of what is published. Over all agents
+            these add up to 1/2 sum_jl Pi[j,l] |x_l - x_j|^2, which for a doubly stochastic Pi is
+            |X|^2_(I - Pi) of the paper's V = sum_j f_j + 1/(2 alpha) |X|^2_(I - Pi), eq. (9).
+        gradient: |h|^2, h the gradient that is applied, with weight decay; 0 where there was none.
+            Perhaps a tensor of the device, which was not waited for.
+    """
+
+    step: int
+    disagreement: float
+    gradient: float | torch.Tensor
+
+
+class _Pass(NamedTuple):
+    """A pass whose outcome is still to be heard of."""
+
+    step: int
+    outcome: Outcome
+    at_x: Outcome | None = None  # the step's first pass, if it measures
+    gradient: torch.Tensor | None = None  # |h|^2, where the pass does not see the gradient
 
 
 class Stepper:
@@ -48,6 +74,9 @@ class Stepper:
         steps: steps completed.
         v: float32, shape (D,), or None; ahead: x where the arena holds y, likewise.
         skipped_means_fault: whether a gradient that a pass left out is a loss that is no number.
+        measuring: whether steps add to ``measured``. With several mixing rounds the first one is
+            at x_k, and measured. Only a graph has a disagreement: not where there is a link.
+        measured: of the steps whose passes are known to be done; whoever reads it empties it.
     """
 
     def __init__(
@@ -66,6 +95,8 @@ class Stepper:
         self.arena = arena
         self.steps = 0
         self.skipped_means_fault = False
+        self.measuring = False
+        self.measured: list[Measured] = []
         self.exchange = exchange
         self.v = torch.zeros_like(arena.flat) if has_momentum else None
         self.ahead = arena.flat.clone() if look_ahead else None
@@ -73,7 +104,7 @@ class Stepper:
         self._rank, self._rounds, self._debug = agents.rank, rounds, debug
         self._weights = weights
         self._update = make_update(agents, config.wire, config.timeout_s)
-        self._outcomes: deque[tuple[int, Outcome]] = deque()
+        self._outcomes: deque[_Pass] = deque()
         self._checksum = 0
         self._turn = 0
         if isinstance(exchange, Link):
@@ -114,31 +145,41 @@ class Stepper:
         segments: NDArray[np.void],
         scale: torch.Tensor | None = None,
         overflow: torch.Tensor | None = None,
+        gradient: torch.Tensor | None = None,
     ) -> None:
         """Wait, pass, post: ``rounds`` times; the gradient is applied in the last round.
 
         Args:
             segments, scale, overflow: see `update.Update`.
+            gradient: |h|^2, shape (), where it was applied before and ``segments`` have none.
 
         Raises:
             AgentFault: on all agents alike, where the fault known to all is due.
             ExchangeError: if a neighbour is missing, left or out of step.
         """
         z = self.x
+        measure = len(self.arena.parameters) if self.measuring else 0
+        at_x: Outcome | None = None
         for mixing_round in range(self._rounds - 1):
             assert self._scratch is not None
             neighbours = self.exchange.wait(self.steps, mixing_round)
             mixing = self.arena.mix_only_segments()
-            self._pass(self._scratch, z, neighbours, mixing, last=False)
+            mixed = self._pass(
+                self._scratch, z, neighbours, mixing, last=False,
+                measure=measure if mixing_round == 0 else 0,
+            )  # fmt: skip
+            at_x = at_x or mixed
             self._post(mixing_round + 1)
             z = self._scratch
         neighbours = self.exchange.wait(self.steps, self._rounds - 1)
         outcome = self._pass(
-            self.x, z, neighbours, segments, last=True, scale=scale, overflow=overflow
-        )
+            self.x, z, neighbours, segments, last=True, scale=scale, overflow=overflow,
+            measure=measure,
+        )  # fmt: skip
         self._was_written()
         self.steps += 1
-        self._outcomes.append((self.steps, outcome))
+        at_x = (at_x or outcome) if self.measuring else None
+        self._outcomes.append(_Pass(self.steps, outcome, at_x, gradient))
         self._judge(self._update.lag)
         self._post()
         if self.exchange.fault.step <= self.steps:
@@ -151,7 +192,7 @@ class Stepper:
         self._take_buffers()
         segments = self.arena.mix_only_segments()
         outcome = self._pass(self.x, self.x, [], segments, last=False)
-        self._outcomes.append((self.steps, outcome))
+        self._outcomes.append(_Pass(self.steps, outcome))
         self.settle()
         self._accept()
         self._turn = self._turn_of(0)
@@ -172,7 +213,7 @@ class Stepper:
             weights=np.array([weight], np.float32),
             segments=self.arena.mix_only_segments(),
         )
-        self._outcomes.append((self.steps, outcome))
+        self._outcomes.append(_Pass(self.steps, outcome))
         self._was_written()
 
     def replace(self, values_D: torch.Tensor) -> None:
@@ -207,6 +248,7 @@ class Stepper:
         last: bool,
         scale: torch.Tensor | None = None,
         overflow: torch.Tensor | None = None,
+        measure: int = 0,
     ) -> Outcome:
         return self._update(
             out,
@@ -221,6 +263,7 @@ class Stepper:
             segments=segments,
             scale=scale,
             overflow=overflow,
+            measure=measure,
         )
 
     def _post(self, mixing_round: int = 0) -> None:
@@ -238,7 +281,13 @@ class Stepper:
     def _judge(self, keep: int) -> None:
         """Report what passes found, but for the last ``keep``."""
         while len(self._outcomes) > keep:
-            step, outcome = self._outcomes.popleft()
+            step, outcome, at_x, gradient = self._outcomes.popleft()
+            if at_x is not None:
+                if gradient is None or outcome.skipped():
+                    h: float | torch.Tensor = outcome.gradient()
+                else:
+                    h = gradient
+                self.measured.append(Measured(step - 1, 0.5 * at_x.disagreement(), h))
             if not outcome.finite():
                 self.exchange.report(Reason.NON_FINITE, step)
             elif self.skipped_means_fault and outcome.skipped():

@@ -23,6 +23,12 @@ class Outcome(Protocol):
     def skipped(self) -> bool:
         """Whether ``overflow`` was set, and so the gradients left out."""
 
+    def disagreement(self) -> float:
+        """sum_l w_l |p_l - q_|^2 over the segments measured; only of a pass that was to measure."""
+
+    def gradient(self) -> float:
+        """|h|^2 over them, h the gradient with weight decay; likewise."""
+
 
 class Update(Protocol):
     """One pass over the flat buffers: see `native.update` for what it computes.
@@ -34,6 +40,7 @@ class Update(Protocol):
         scale: the gradients are divided by this first, as ``g * (1 / scale)``; float32, one
             element, on the agent's device.
         overflow: where it is not 0, the gradients count as absent: x <- mix, v kept; likewise.
+        measure: of how many segments, the first ones; 0: do not.
 
     Attributes:
         lag: how many further passes to give to a GPU before its outcome is asked for, so that
@@ -57,6 +64,7 @@ class Update(Protocol):
         segments: NDArray[np.void],
         scale: torch.Tensor | None = None,
         overflow: torch.Tensor | None = None,
+        measure: int = 0,
     ) -> Outcome: ...
 
     def close(self) -> None:
@@ -73,14 +81,20 @@ def make_update(agents: Agents, wire: str, timeout_s: float) -> Update:
 class HostOutcome:
     """See `Outcome`."""
 
-    def __init__(self, finite: bool, skipped: bool) -> None:
-        self._finite, self._skipped = finite, skipped
+    def __init__(self, result: native.Result, skipped: bool) -> None:
+        self._result, self._skipped = result, skipped
 
     def finite(self) -> bool:
-        return self._finite
+        return self._result.finite
 
     def skipped(self) -> bool:
         return self._skipped
+
+    def disagreement(self) -> float:
+        return self._result.disagreement
+
+    def gradient(self) -> float:
+        return self._result.gradient
 
 
 class HostUpdate:
@@ -106,6 +120,7 @@ class HostUpdate:
         segments: NDArray[np.void],
         scale: torch.Tensor | None = None,
         overflow: torch.Tensor | None = None,
+        measure: int = 0,
     ) -> HostOutcome:
         skipped = overflow is not None and float(overflow) != 0
         if skipped:
@@ -113,7 +128,7 @@ class HostUpdate:
             segments["grad"] = 0
         elif scale is not None:
             _unscale(segments, np.float32(1) / np.float32(float(scale)))
-        finite = native.update(
+        result = native.update(
             out.numpy(),
             z.numpy(),
             at=at.numpy(),
@@ -126,8 +141,9 @@ class HostUpdate:
             segments=segments,
             wire=self._wire,
             threads=torch.get_num_threads(),
+            measure=measure,
         )
-        return HostOutcome(finite, skipped)
+        return HostOutcome(result, skipped)
 
     def close(self) -> None:
         pass

@@ -76,7 +76,8 @@ class Mixed(AgentOptimizer):
             with torch.enable_grad():
                 loss = self.optimizer.step(closure)
         self.arena.require_fresh_gradients()
-        self.stepper.advance(self._segments(), overflow=overflow)
+        gradient = self._squared_gradient() if self.stepper.measuring else None
+        self.stepper.advance(self._segments(), overflow=overflow, gradient=gradient)
         return loss
 
     @torch.no_grad()
@@ -134,6 +135,11 @@ class Mixed(AgentOptimizer):
                         values = like.copy_(values)
                 self.optimizer.state[parameter][name] = values
         super().load_arrays(steps, arrays)
+
+    def _squared_gradient(self) -> torch.Tensor:
+        """|g|^2 of what the optimizer was given; its own weight decay is not known here."""
+        gradients = [p.grad.to_dense() for p in self.arena.parameters if p.grad is not None]
+        return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
 
     def _counts_on_device(self, parameter: torch.Tensor) -> bool:
         group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))

@@ -132,7 +132,7 @@ class Layouts:
         tiles = cut(segments)
         at_segments = -(-tiles.nbytes // 16) * 16
         at_partial = at_segments + max(len(segments), 1) * SEGMENT.itemsize
-        memory = self._gpu.malloc(at_partial + 8 * len(tiles))
+        memory = self._gpu.malloc(at_partial + 16 * len(tiles))
         layout = Layout(memory, memory, memory + at_segments, memory + at_partial, len(tiles))
         return layout, Table(memory, tiles)
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mpicdsgd.agreement import TIMEOUT_S, Patience
 from mpicdsgd.gpu.cuda import Gpu
-from mpicdsgd.gpu.layouts import Layouts, Table
+from mpicdsgd.gpu.layouts import TILE_ELEMENTS, Layouts, Table
 from mpicdsgd.native.reference import WIRES
 
 # As in kernel.cu.
@@ -54,14 +54,14 @@ class Outcome:
         gpu: Gpu,
         event: int,
         memory: NDArray[np.uint8],
-        disagreement: bool,
+        measured: bool,
         timeout_s: float,
     ) -> None:
         self._gpu, self._event, self._memory = gpu, event, memory
         self._timeout_s = timeout_s
-        self._asked = disagreement
+        self._measured = measured
         self._flags: tuple[bool, bool] | None = None
-        self._disagreement = float("nan")
+        self._sums = float("nan"), float("nan")
 
     def wait(self) -> None:
         """Wait for the pass, and keep what it left before the next one gets the memory.
@@ -80,7 +80,8 @@ class Outcome:
                     )
             bad, overflow = self._memory[:8].view(np.uint32)
             self._flags = bad == 0, overflow != 0
-            self._disagreement = float(self._memory[8:16].view(np.float64)[0])
+            disagreement, gradient = self._memory[8:24].view(np.float64)
+            self._sums = float(disagreement), float(gradient)
 
     def finite(self) -> bool:
         """Whether all that it wrote is finite, also as rounded to the wire."""
@@ -95,11 +96,18 @@ class Outcome:
         return bool(self._flags[1])
 
     def disagreement(self) -> float:
-        """sum_l w_l |p_l - q_|^2 over all elements of all segments, in float64."""
-        if not self._asked:
-            raise ValueError("the pass was not asked for its disagreement: disagreement=True")
+        """sum_l w_l |p_l - q_|^2 over the segments measured."""
+        return self._sum(0)
+
+    def gradient(self) -> float:
+        """|h|^2 over the segments measured."""
+        return self._sum(1)
+
+    def _sum(self, which: int) -> float:
+        if not self._measured:
+            raise ValueError("the pass was not asked to measure: measure=len(segments)")
         self.wait()
-        return self._disagreement
+        return self._sums[which]
 
 
 class _Slot:
@@ -185,7 +193,7 @@ class DeviceUpdate:
         segments: NDArray[np.void],
         scale: torch.Tensor | None = None,
         overflow: torch.Tensor | None = None,
-        disagreement: bool = False,
+        measure: int = 0,
     ) -> Outcome:
         """Mix, step and publish: see `native.update`.
 
@@ -202,7 +210,7 @@ class DeviceUpdate:
                 first, rounded as torch's GradScaler does; or None.
             overflow: likewise: where it is not 0, the gradients count as absent (x <- mix, v
                 kept); or None.
-            disagreement: compute it too, see `Outcome`; some slower.
+            measure: the first so many segments count in the sums of `Outcome`; some slower.
 
         Raises:
             ValueError: for an array of the wrong dtype, size, device or layout, for overlaps, for
@@ -220,10 +228,12 @@ class DeviceUpdate:
         slot = self._slots[self._turn]
         slot.reuse()
         degree = len(neighbours)
-        general = degree > MOST or disagreement
+        general = degree > MOST or measure > 0
         table = (0, 0)
         try:
             layout, tables = self._layouts.find(segments, size, bool(address["q"]))
+            if not 0 <= measure <= len(segments):
+                raise ValueError(f"measure: 0 to the {len(segments)} segments, got {measure}")
             if general and degree:
                 table, more = self._layouts.neighbours(neighbours, weights)
                 tables += more
@@ -244,13 +254,15 @@ class DeviceUpdate:
         if not general:
             a.near[:degree] = neighbours
             a.weight[:degree] = weights.tolist()
-        name = f"update_{self._wire}_{'n' if general else degree}{'_d' if disagreement else ''}"
+        name = f"update_{self._wire}_{'n' if general else degree}{'_m' if measure else ''}"
         self._gpu.launch(name, layout.blocks, THREADS, a, stream)
-        if disagreement:
-            sums = Partials(layout.partial, layout.blocks, slot.results.ctypes.data + 8)
-            self._gpu.launch("add_partials", 1, THREADS, sums, stream)
+        if measure:
+            # Tiles lie in the order of their segments.
+            tiles = int((-(-segments["length"][:measure] // TILE_ELEMENTS)).sum())
+            sums = Partials(layout.partial, tiles, slot.results.ctypes.data + 8)
+            self._gpu.launch("add_partials", 2, THREADS, sums, stream)
         self._gpu.record(slot.event, stream)
-        slot.outcome = Outcome(self._gpu, slot.event, slot.results, disagreement, self._timeout_s)
+        slot.outcome = Outcome(self._gpu, slot.event, slot.results, measure > 0, self._timeout_s)
         self._last = stream, slot.event
         self._turn = (self._turn + 1) % SLOTS
         return slot.outcome

@@ -1,11 +1,14 @@
 // The binding: checks every argument, then shares the elements out over the threads.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 
 #include <algorithm>
 #include <cfenv>
 #include <cstdint>
+#include <limits>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #if defined(_OPENMP)
@@ -23,6 +26,7 @@ using namespace mpicdsgd;
 namespace {
 
 constexpr std::int64_t LEAST_PER_THREAD = 1 << 15;   // elements; below, starting threads costs more
+constexpr double NONE = std::numeric_limits<double>::quiet_NaN();   // of a sum not asked for
 constexpr std::int64_t STREAM_FROM = std::int64_t(16) << 20;   // bytes of p
 
 [[noreturn]] void refuse(const std::string& message) { throw nb::value_error(message.c_str()); }
@@ -121,30 +125,39 @@ std::int64_t check_segments(const Segment* segments, std::int64_t count, std::in
   return total;
 }
 
+// What a pass does with its segments; those below `measured` count in the sums.
+struct Plan {
+  const Isa& isa;
+  Sweep sweep, measuring;
+  std::int64_t measured;
+};
+
 // Runs elements [first, last) of the segments laid end to end; starts[i] is where segment i begins.
 bool run_share(const Pass& pass, const Segment* segments, const std::vector<std::int64_t>& starts,
-               const Isa& isa, Sweep sweep, std::int64_t first, std::int64_t last) {
+               const Plan& plan, std::int64_t first, std::int64_t last, Sums& result) {
   // The caller may flush subnormals (torch.set_flush_denormal); the result may not depend on it.
   std::fenv_t callers;
   std::fegetenv(&callers);
   std::fesetenv(FE_DFL_ENV);
   bool finite = true;
+  Sums sums{};   // its own: threads that write side by side would slow each other
   auto at = std::upper_bound(starts.begin(), starts.end(), first) - starts.begin() - 1;
   for (; first < last; ++at) {
     const Segment& s = segments[at];
     const std::int64_t until = std::min(last, starts[std::size_t(at) + 1]);
     const std::int64_t shift = s.offset - starts[std::size_t(at)];
-    if (first < until) finite &= sweep(pass, s, first + shift, until + shift);
+    const Sweep sweep = at < plan.measured ? plan.measuring : plan.sweep;
+    if (first < until) finite &= sweep(pass, s, first + shift, until + shift, sums);
     first = std::max(first, until);
   }
-  if (pass.stream) isa.fence();
+  if (pass.stream) plan.isa.fence();
   std::fesetenv(&callers);
+  result = sums;
   return finite;
 }
 
 bool run(const Pass& pass, const Segment* segments, const std::vector<std::int64_t>& starts,
-         const Isa& isa, int wire, int threads) {
-  const Sweep sweep = isa.sweep(wire, pass.degree);
+         const Plan& plan, int threads, Sums& sums) {
   const std::int64_t total = starts.back();
   std::int64_t shares = std::min<std::int64_t>(threads, total / LEAST_PER_THREAD);
 #if defined(_OPENMP)
@@ -152,17 +165,23 @@ bool run(const Pass& pass, const Segment* segments, const std::vector<std::int64
 #else
   shares = 1;
 #endif
-  if (shares <= 1) return run_share(pass, segments, starts, isa, sweep, 0, total);
+  if (shares <= 1) return run_share(pass, segments, starts, plan, 0, total, sums);
   // Shares end at multiples of 64 elements: in an arena, at the ends of cache lines.
   const auto bound = [&](std::int64_t share) {
     return share == shares ? total : (total / shares * share) & ~std::int64_t(63);
   };
   bool finite = true;
+  std::vector<Sums> parts(std::size_t(shares), Sums{});   // added up in order: always the same bits
 #if defined(_OPENMP)
 #pragma omp parallel for num_threads(int(shares)) schedule(static, 1) reduction(&& : finite)
 #endif
   for (std::int64_t share = 0; share < shares; ++share)
-    finite = run_share(pass, segments, starts, isa, sweep, bound(share), bound(share + 1)) && finite;
+    finite = run_share(pass, segments, starts, plan, bound(share), bound(share + 1),
+                       parts[std::size_t(share)]) && finite;
+  for (const Sums& part : parts) {
+    sums.apart += part.apart;
+    sums.gradient += part.gradient;
+  }
   return finite;
 }
 
@@ -183,9 +202,10 @@ const Isa& isa_by_name(const std::string& name) {
   refuse("isa: '" + name + "' is not to be had here, use 'generic' or '" + best.name + "'");
 }
 
-bool update(nb::handle out, nb::handle z, nb::handle at, nb::handle v, nb::handle y, nb::handle p,
-            nb::handle q, nb::sequence neighbours, nb::handle weights, nb::handle segments,
-            const std::string& wire, int threads, const std::string& isa_name, int stream) {
+std::tuple<bool, double, double> update(
+    nb::handle out, nb::handle z, nb::handle at, nb::handle v, nb::handle y, nb::handle p,
+    nb::handle q, nb::sequence neighbours, nb::handle weights, nb::handle segments,
+    const std::string& wire, int threads, int measure, const std::string& isa_name, int stream) {
   int wire_code = FLOAT32;
   if (wire == "bfloat16") wire_code = BFLOAT16;
   else if (wire == "float16") wire_code = FLOAT16;
@@ -238,8 +258,19 @@ bool update(nb::handle out, nb::handle z, nb::handle at, nb::handle v, nb::handl
   std::vector<std::int64_t> starts{0};
   for (std::int64_t i = 0; i < table.size(); ++i) starts.push_back(starts.back() + first[i].length);
 
-  nb::gil_scoped_release released;
-  return run(pass, first, starts, isa, wire_code, threads);
+  if (measure < 0 || measure > table.size())
+    refuse("measure: 0 to the " + std::to_string(table.size()) + " segments, got " +
+           std::to_string(measure));
+  const Plan plan{isa, isa.sweep(wire_code, pass.degree, false),
+                  isa.sweep(wire_code, pass.degree, true), measure};
+
+  Sums sums{};
+  bool finite;
+  {
+    nb::gil_scoped_release released;
+    finite = run(pass, first, starts, plan, threads, sums);
+  }
+  return measure ? std::tuple{finite, sums.apart, sums.gradient} : std::tuple{finite, NONE, NONE};
 }
 
 }  // namespace
@@ -255,7 +286,7 @@ NB_MODULE(_native, m) {
   m.def("update", &update, nb::arg("out").none(), nb::arg("z").none(), nb::kw_only(),
         nb::arg("at").none(), nb::arg("v").none(), nb::arg("y").none(), nb::arg("p").none(),
         nb::arg("q").none(), nb::arg("neighbours"), nb::arg("weights").none(),
-        nb::arg("segments").none(), nb::arg("wire"), nb::arg("threads"), nb::arg("isa") = "",
-        nb::arg("stream") = -1,
+        nb::arg("segments").none(), nb::arg("wire"), nb::arg("threads"), nb::arg("measure") = 0,
+        nb::arg("isa") = "", nb::arg("stream") = -1,
         "The fused update; see mpicdsgd.native.update. Raises ValueError.");
 }

@@ -43,7 +43,7 @@ struct Arguments {
   const float* weights;
   const float* scale;                // the gradients are divided by it first
   const float* overflow;             // not 0: the gradients count as absent
-  double* partial;                   // each tile's share of the disagreement
+  double* partial;                   // each tile's shares of the two sums, side by side
   unsigned* flags;                   // of the host; [0]: not finite, [1]: overflow
   float weight[MOST];
   int degree;
@@ -53,8 +53,8 @@ struct Arguments {
 // The argument of add_partials.
 struct Partials {
   const double* partial;
-  long long count;
-  double* result;                    // of the host
+  long long count;                   // of tiles
+  double* result;                    // of the host: disagreement, squared norm of h
 };
 
 template <class T> struct Pack;
@@ -96,11 +96,11 @@ template <int WIRE> __device__ __forceinline__ typename Stored<WIRE>::type to_wi
 // What a thread has seen of its elements.
 struct Seen {
   bool bad;
-  double apart;
+  double apart, gradient;
 };
 
 // COUNT neighbours' terms of a pack.
-template <int WIRE, int COUNT, bool DISAGREE, int W, class T>
+template <int WIRE, int COUNT, bool MEASURE, int W, class T>
 __device__ __forceinline__ void mix(float (&acc)[W], const float (&own)[W],
                                     const T (&near)[COUNT > 0 ? COUNT : 1][W], const float* weight,
                                     float (&sum)[W]) {
@@ -109,7 +109,7 @@ __device__ __forceinline__ void mix(float (&acc)[W], const float (&own)[W],
 #pragma unroll
     for (int w = 0; w < W; ++w) {
       const float p = from_wire<WIRE>(near[l][w]);
-      if constexpr (DISAGREE) sum[w] += apart(weight[l], p, own[w]);
+      if constexpr (MEASURE) sum[w] += apart(weight[l], p, own[w]);
       acc[w] = mixed(acc[w], weight[l], p, own[w]);
     }
 }
@@ -117,7 +117,7 @@ __device__ __forceinline__ void mix(float (&acc)[W], const float (&own)[W],
 // Elements [i, i + W) of the flat buffers; grad is shifted so that its element i belongs to them.
 // All reads of an element come before its first write: buffers may be the same memory (out and z,
 // p and q, y and at).
-template <int WIRE, int DEGREE, bool DISAGREE, int W>
+template <int WIRE, int DEGREE, bool MEASURE, int W>
 __device__ __forceinline__ void step(const Arguments& a, const Segment& s, const float* grad,
                                      float inv_scale, long long i, Seen& seen) {
   using T = typename Stored<WIRE>::type;
@@ -138,33 +138,38 @@ __device__ __forceinline__ void step(const Arguments& a, const Segment& s, const
   for (int w = 0; w < W; ++w)
     own[w] = s.own ? from_wire<WIRE>(mine[w]) : rounded_to_wire<WIRE>(acc[w]);
   if constexpr (DEGREE != GENERAL) {
-    mix<WIRE, DEGREE, DISAGREE>(acc, own, near, a.weight, sum);
+    mix<WIRE, DEGREE, MEASURE>(acc, own, near, a.weight, sum);
   } else {
     int l = 0;
     for (; l + GROUP <= a.degree; l += GROUP) {
 #pragma unroll
       for (int k = 0; k < GROUP; ++k)
         load(near[k], static_cast<const T*>(a.neighbours[l + k]) + i);
-      mix<WIRE, GROUP, DISAGREE>(acc, own, near, a.weights + l, sum);
+      mix<WIRE, GROUP, MEASURE>(acc, own, near, a.weights + l, sum);
     }
     for (; l < a.degree; ++l) {
       T one[1][W];
       load(one[0], static_cast<const T*>(a.neighbours[l]) + i);
-      mix<WIRE, 1, DISAGREE>(acc, own, one, a.weights + l, sum);
+      mix<WIRE, 1, MEASURE>(acc, own, one, a.weights + l, sum);
     }
   }
-  if constexpr (DISAGREE)
+  if constexpr (MEASURE)
     for (int w = 0; w < W; ++w) seen.apart += double(sum[w]);
 
   if (grad) {
 #pragma unroll
     for (int w = 0; w < W; ++w) {
-      const float h = scaled_gradient(s, unscaled(g[w], inv_scale), x[w]);
+      const float unscaled_g = unscaled(g[w], inv_scale);
+      if constexpr (MEASURE) {
+        const double h = decayed(s, unscaled_g, x[w]);
+        seen.gradient += h * h;
+      }
+      const float scaled = scaled_gradient(s, unscaled_g, x[w]);
       if (a.v) {
-        new_v[w] = new_velocity(s, new_v[w], h);
+        new_v[w] = new_velocity(s, new_v[w], scaled);
         acc[w] = with_velocity(s, acc[w], new_v[w]);
       }
-      acc[w] = with_gradient(s, acc[w], h);
+      acc[w] = with_gradient(s, acc[w], scaled);
     }
     if (a.v) store(a.v + i, new_v);
   }
@@ -192,10 +197,11 @@ __device__ __forceinline__ double add_up(double x) {
   __syncthreads();
   if (threadIdx.x == 0)
     for (int warp = 1; warp < THREADS / 32; ++warp) x += of_warp[warp];
+  __syncthreads();   // the next sum may be written
   return x;
 }
 
-template <int WIRE, int DEGREE, bool DISAGREE>
+template <int WIRE, int DEGREE, bool MEASURE>
 __device__ __forceinline__ void update(const Arguments& a) {
   const Tile tile = a.tiles[blockIdx.x];
   const Segment s = a.segments[tile.segment];
@@ -208,26 +214,29 @@ __device__ __forceinline__ void update(const Arguments& a) {
   const bool packs = a.aligned && tile.begin % PACK == 0 && (!grad || first % 16 == 0);
   if (grad) grad -= s.offset;
 
-  Seen seen{false, 0.0};
+  Seen seen{false, 0.0, 0.0};
   const int packed = packs ? tile.length / PACK * PACK : 0;
   for (int i = PACK * int(threadIdx.x); i < packed; i += PACK * THREADS)
-    step<WIRE, DEGREE, DISAGREE, PACK>(a, s, grad, inv_scale, tile.begin + i, seen);
+    step<WIRE, DEGREE, MEASURE, PACK>(a, s, grad, inv_scale, tile.begin + i, seen);
   for (int i = packed + int(threadIdx.x); i < tile.length; i += THREADS)
-    step<WIRE, DEGREE, DISAGREE, 1>(a, s, grad, inv_scale, tile.begin + i, seen);
+    step<WIRE, DEGREE, MEASURE, 1>(a, s, grad, inv_scale, tile.begin + i, seen);
 
   if (seen.bad) a.flags[0] = 1;   // the same from whichever thread, and mostly from none
-  if constexpr (DISAGREE) {
-    const double sum = add_up(seen.apart);
-    if (threadIdx.x == 0) a.partial[blockIdx.x] = sum;
+  if constexpr (MEASURE) {
+    const double disagreement = add_up(seen.apart), gradient = add_up(seen.gradient);
+    if (threadIdx.x == 0) {
+      a.partial[2 * (long long)blockIdx.x] = disagreement;
+      a.partial[2 * (long long)blockIdx.x + 1] = gradient;
+    }
   }
 }
 
 }  // namespace mpicdsgd
 
-#define MPICDSGD_KERNEL(NAME, WIRE, DEGREE, DISAGREE)                                          \
+#define MPICDSGD_KERNEL(NAME, WIRE, DEGREE, MEASURE)                                           \
   extern "C" __global__ void __launch_bounds__(mpicdsgd::THREADS, mpicdsgd::BLOCKS)            \
       update_##NAME(const __grid_constant__ mpicdsgd::Arguments a) {                           \
-    mpicdsgd::update<mpicdsgd::WIRE, DEGREE, DISAGREE>(a);                                     \
+    mpicdsgd::update<mpicdsgd::WIRE, DEGREE, MEASURE>(a);                                      \
   }
 #define MPICDSGD_KERNELS(NAME, WIRE)                                                           \
   MPICDSGD_KERNEL(NAME##_0, WIRE, 0, false)                                                    \
@@ -240,18 +249,18 @@ __device__ __forceinline__ void update(const Arguments& a) {
   MPICDSGD_KERNEL(NAME##_7, WIRE, 7, false)                                                    \
   MPICDSGD_KERNEL(NAME##_8, WIRE, 8, false)                                                    \
   MPICDSGD_KERNEL(NAME##_n, WIRE, mpicdsgd::GENERAL, false)                                    \
-  /* Asked for now and then only, so one for all degrees. */                                   \
-  MPICDSGD_KERNEL(NAME##_n_d, WIRE, mpicdsgd::GENERAL, true)
+  /* For who measures, one for all degrees. */                                                 \
+  MPICDSGD_KERNEL(NAME##_n_m, WIRE, mpicdsgd::GENERAL, true)
 
 MPICDSGD_KERNELS(float32, FLOAT32)
 MPICDSGD_KERNELS(bfloat16, BFLOAT16)
 MPICDSGD_KERNELS(float16, FLOAT16)
 
-// One block adds up what the tiles left.
+// A block for each of the two sums adds up what the tiles left.
 extern "C" __global__ void __launch_bounds__(mpicdsgd::THREADS)
     add_partials(const __grid_constant__ mpicdsgd::Partials a) {
   double sum = 0.0;
-  for (long long i = threadIdx.x; i < a.count; i += mpicdsgd::THREADS) sum += a.partial[i];
+  for (long long i = threadIdx.x; i < a.count; i += mpicdsgd::THREADS) sum += a.partial[2 * i + blockIdx.x];
   sum = mpicdsgd::add_up(sum);
-  if (threadIdx.x == 0) *a.result = sum;
+  if (threadIdx.x == 0) a.result[blockIdx.x] = sum;
 }

@@ -20,12 +20,18 @@ struct Pass {
   bool stream;            // write p past the caches
 };
 
-// Updates elements [begin, end) of the flat buffers, all within the segment; true if finite.
-using Sweep = bool (*)(const Pass&, const Segment&, long long begin, long long end);
+// What a pass that measures adds up of its elements.
+struct Sums {
+  double apart, gradient;   // sum_l w_l |p_l - q_|^2 and |h|^2
+};
+
+// Updates elements [begin, end) of the flat buffers, all within the segment; true if finite. Adds
+// to the sums if it measures.
+using Sweep = bool (*)(const Pass&, const Segment&, long long begin, long long end, Sums&);
 
 struct Isa {
   const char* name;
-  Sweep (*sweep)(int wire, int degree);
+  Sweep (*sweep)(int wire, int degree, bool measure);
   void (*fence)();        // after a thread's last streaming store
 };
 

@@ -71,6 +71,6 @@ template <int WIRE> inline void store_past_cache(typename Stored<WIRE>::type* to
 
 namespace mpicdsgd {
 
-const Isa avx2{"avx2", by_wire, [] { _mm_sfence(); }};
+const Isa avx2{"avx2", choose, [] { _mm_sfence(); }};
 
 }  // namespace mpicdsgd

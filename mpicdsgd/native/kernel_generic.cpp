@@ -56,6 +56,6 @@ template <int WIRE, class F> inline void store_past_cache(typename Stored<WIRE>:
 
 namespace mpicdsgd {
 
-const Isa generic{"generic", by_wire, [] {}};
+const Isa generic{"generic", choose, [] {}};
 
 }  // namespace mpicdsgd

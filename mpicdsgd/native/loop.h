@@ -22,6 +22,7 @@ constexpr int LEAST_GROUP = (GROUP + 1) / 2;   // 13 neighbours are 6 and 7
 constexpr int TILE = 32768;                    // elements
 constexpr int AHEAD = 256;                     // bytes
 constexpr int PACKS = 2;                       // vectors at a time
+constexpr int FLUSH = 4096;                    // elements that are summed in float32
 
 template <class F> constexpr int lanes() { return int(sizeof(F) / sizeof(float)); }
 
@@ -46,6 +47,23 @@ inline bool any(Lanes<Vec>::U x) {
   return seen != 0;
 }
 
+// Sums of so few elements that float32 keeps their digits.
+template <class F> struct Partial {
+  F apart{}, gradient{};
+};
+
+inline double total(float x) { return x; }
+inline double total(Vec x) {
+  double sum = 0.0;
+  for (int lane = 0; lane < lanes<Vec>(); ++lane) sum += x[lane];
+  return sum;
+}
+
+template <class F> inline void add(Sums& sums, const Partial<F>& partial) {
+  sums.apart += total(partial.apart);
+  sums.gradient += total(partial.gradient);
+}
+
 // The results so far of a tile, where the neighbours come in several groups.
 struct Tile {
   alignas(64) float acc[TILE];
@@ -54,7 +72,7 @@ struct Tile {
 // COUNT neighbours' share in a segment. The FIRST phase begins with z, the LAST one finishes the
 // update, between them the results so far stand in a tile; z and q are as they were until then. The members are copies, which the
 // compiler may keep in registers: stores to the float buffers might alias the originals.
-template <int WIRE, int COUNT, bool FIRST, bool LAST> class Phase {
+template <int WIRE, int COUNT, bool FIRST, bool LAST, bool MEASURE> class Phase {
   using T = typename Stored<WIRE>::type;
 
  public:
@@ -69,17 +87,25 @@ template <int WIRE, int COUNT, bool FIRST, bool LAST> class Phase {
   }
 
   // Elements [i, end) of the flat buffers; true if what it wrote to out is finite, also rounded to the wire.
-  template <bool STREAM> bool run(long long i, long long end) const {
+  template <bool STREAM> bool run(long long i, long long end, Sums& sums) const {
     constexpr int width = lanes<Vec>();
     unsigned bad = 0;
     Lanes<Vec>::U bads{};
+    Partial<float> rest;
     if constexpr (STREAM) {   // only aligned vectors can be streamed
       constexpr auto bytes = width * sizeof(T);
       for (; i < end && reinterpret_cast<unsigned long long>(p + i) % bytes != 0; ++i)
-        step<false, 1, float>(i, bad);
+        step<false, 1, float>(i, bad, rest);
     }
-    for (; i + PACKS * width <= end; i += PACKS * width) step<STREAM, PACKS, Vec>(i, bads);
-    for (; i < end; ++i) step<false, 1, float>(i, bad);
+    while (i + PACKS * width <= end) {
+      const long long until = MEASURE && end - i > FLUSH ? i + FLUSH : end;
+      Partial<Vec> partial;
+      for (; i + PACKS * width <= until; i += PACKS * width)
+        step<STREAM, PACKS, Vec>(i, bads, partial);
+      if constexpr (MEASURE) add(sums, partial);
+    }
+    for (; i < end; ++i) step<false, 1, float>(i, bad, rest);
+    if constexpr (MEASURE) add(sums, rest);
     return !any(bads) && !any(bad);
   }
 
@@ -87,7 +113,7 @@ template <int WIRE, int COUNT, bool FIRST, bool LAST> class Phase {
   // N packs of F. All reads of an element come before its first write, so that buffers may be the
   // same memory (out and z, p and q, y and at).
   template <bool STREAM, int N, class F>
-  MPICDSGD_INLINE void step(long long i, typename Lanes<F>::U& bad) const {
+  MPICDSGD_INLINE void step(long long i, typename Lanes<F>::U& bad, Partial<F>& sum) const {
     constexpr int W = lanes<F>();
     F acc[N], own[N];
     if constexpr (FIRST) prefetch(z + i);
@@ -101,18 +127,22 @@ template <int WIRE, int COUNT, bool FIRST, bool LAST> class Phase {
       for (int n = 0; n < N; ++n) acc[n] = load<F>(tile->acc + (i - base) + n * W);
     for (int l = 0; l < COUNT; ++l) {
       prefetch(near[l] + i);
-      for (int n = 0; n < N; ++n)
-        acc[n] = mixed(acc[n], weight[l], load_wire<WIRE, F>(near[l] + i + n * W), own[n]);
+      for (int n = 0; n < N; ++n) {
+        const F theirs = load_wire<WIRE, F>(near[l] + i + n * W);
+        if constexpr (MEASURE) sum.apart += apart(weight[l], theirs, own[n]);
+        acc[n] = mixed(acc[n], weight[l], theirs, own[n]);
+      }
     }
     if constexpr (LAST) {
-      finish<STREAM, N>(i, acc, bad);
+      finish<STREAM, N>(i, acc, bad, sum);
     } else {
       for (int n = 0; n < N; ++n) store(tile->acc + (i - base) + n * W, acc[n]);
     }
   }
 
   template <bool STREAM, int N, class F>
-  MPICDSGD_INLINE void finish(long long i, F* acc, typename Lanes<F>::U& bad) const {
+  MPICDSGD_INLINE void finish(long long i, F* acc, typename Lanes<F>::U& bad,
+                              Partial<F>& sum) const {
     constexpr int W = lanes<F>();
     F new_v[N] = {};
     if (v && (grad || y)) {
@@ -124,7 +154,9 @@ template <int WIRE, int COUNT, bool FIRST, bool LAST> class Phase {
       prefetch(grad + (i - s.offset));
       for (int n = 0; n < N; ++n) {
         const F x = s.decay != 0.0f ? load<F>(at + i + n * W) : F{};
-        a[n] = scaled_gradient(s, load<F>(grad + (i - s.offset) + n * W), x);
+        const F g = load<F>(grad + (i - s.offset) + n * W);
+        if constexpr (MEASURE) sum.gradient += decayed(s, g, x) * decayed(s, g, x);
+        a[n] = scaled_gradient(s, g, x);
       }
       if (v)
         for (int n = 0; n < N; ++n) {
@@ -165,28 +197,29 @@ template <int WIRE, int COUNT, bool FIRST, bool LAST> class Phase {
   float weight[COUNT > 0 ? COUNT : 1];
 };
 
-template <int WIRE, int COUNT, bool FIRST, bool LAST>
+template <int WIRE, int COUNT, bool FIRST, bool LAST, bool MEASURE>
 bool run_phase(const Pass& pass, const Segment& s, int first, Tile* tile, long long begin,
-               long long end) {
-  const Phase<WIRE, COUNT, FIRST, LAST> phase(pass, s, first, tile, begin);
-  if (STREAMS && LAST && pass.stream) return phase.template run<STREAMS && LAST>(begin, end);
-  return phase.template run<false>(begin, end);
+               long long end, Sums& sums) {
+  const Phase<WIRE, COUNT, FIRST, LAST, MEASURE> phase(pass, s, first, tile, begin);
+  if (STREAMS && LAST && pass.stream) return phase.template run<STREAMS && LAST>(begin, end, sums);
+  return phase.template run<false>(begin, end, sums);
 }
 
 // Degrees up to GROUP: all neighbours at once, no tile.
-template <int WIRE, int DEGREE>
-bool sweep(const Pass& pass, const Segment& s, long long begin, long long end) {
-  return run_phase<WIRE, DEGREE, true, true>(pass, s, 0, nullptr, begin, end);
+template <int WIRE, int DEGREE, bool MEASURE>
+bool sweep(const Pass& pass, const Segment& s, long long begin, long long end, Sums& sums) {
+  return run_phase<WIRE, DEGREE, true, true, MEASURE>(pass, s, 0, nullptr, begin, end, sums);
 }
 
-template <int WIRE>
-bool sweep_in_groups(const Pass& pass, const Segment& s, long long begin, long long end) {
-  using Run = bool (*)(const Pass&, const Segment&, int, Tile*, long long, long long);
+template <int WIRE, bool MEASURE>
+bool sweep_in_groups(const Pass& pass, const Segment& s, long long begin, long long end,
+                     Sums& sums) {
+  using Run = bool (*)(const Pass&, const Segment&, int, Tile*, long long, long long, Sums&);
 #define MPICDSGD_BY_COUNT(FIRST, LAST)                                               \
-  {run_phase<WIRE, 6, FIRST, LAST>, run_phase<WIRE, 7, FIRST, LAST>,                 \
-   run_phase<WIRE, 8, FIRST, LAST>, run_phase<WIRE, 9, FIRST, LAST>,                 \
-   run_phase<WIRE, 10, FIRST, LAST>, run_phase<WIRE, 11, FIRST, LAST>,               \
-   run_phase<WIRE, 12, FIRST, LAST>}
+  {run_phase<WIRE, 6, FIRST, LAST, MEASURE>, run_phase<WIRE, 7, FIRST, LAST, MEASURE>,   \
+   run_phase<WIRE, 8, FIRST, LAST, MEASURE>, run_phase<WIRE, 9, FIRST, LAST, MEASURE>,   \
+   run_phase<WIRE, 10, FIRST, LAST, MEASURE>, run_phase<WIRE, 11, FIRST, LAST, MEASURE>, \
+   run_phase<WIRE, 12, FIRST, LAST, MEASURE>}
   static constexpr Run first_phase[] = MPICDSGD_BY_COUNT(true, false);
   static constexpr Run middle_phase[] = MPICDSGD_BY_COUNT(false, false);
   static constexpr Run last_phase[] = MPICDSGD_BY_COUNT(false, true);
@@ -201,24 +234,30 @@ bool sweep_in_groups(const Pass& pass, const Segment& s, long long begin, long l
       const int l = int((long long)pass.degree * group / groups);
       const int count = int((long long)pass.degree * (group + 1) / groups) - l;
       const Run* table = group == 0 ? first_phase : group == groups - 1 ? last_phase : middle_phase;
-      finite &= table[count - LEAST_GROUP](pass, s, l, &tile, i, until);
+      finite &= table[count - LEAST_GROUP](pass, s, l, &tile, i, until, sums);
     }
   }
   return finite;
 }
 
-template <int WIRE> Sweep by_degree(int degree) {
+template <int WIRE, bool MEASURE> Sweep by_degree(int degree) {
   static constexpr Sweep table[GROUP + 1] = {
-      sweep<WIRE, 0>, sweep<WIRE, 1>, sweep<WIRE, 2>,  sweep<WIRE, 3>,  sweep<WIRE, 4>,
-      sweep<WIRE, 5>, sweep<WIRE, 6>, sweep<WIRE, 7>,  sweep<WIRE, 8>,  sweep<WIRE, 9>,
-      sweep<WIRE, 10>, sweep<WIRE, 11>, sweep<WIRE, 12>};
-  return degree <= GROUP ? table[degree] : sweep_in_groups<WIRE>;
+      sweep<WIRE, 0, MEASURE>,  sweep<WIRE, 1, MEASURE>,  sweep<WIRE, 2, MEASURE>,
+      sweep<WIRE, 3, MEASURE>,  sweep<WIRE, 4, MEASURE>,  sweep<WIRE, 5, MEASURE>,
+      sweep<WIRE, 6, MEASURE>,  sweep<WIRE, 7, MEASURE>,  sweep<WIRE, 8, MEASURE>,
+      sweep<WIRE, 9, MEASURE>,  sweep<WIRE, 10, MEASURE>, sweep<WIRE, 11, MEASURE>,
+      sweep<WIRE, 12, MEASURE>};
+  return degree <= GROUP ? table[degree] : sweep_in_groups<WIRE, MEASURE>;
 }
 
-Sweep by_wire(int wire, int degree) {
-  if (wire == BFLOAT16) return by_degree<BFLOAT16>(degree);
-  if (wire == FLOAT16) return by_degree<FLOAT16>(degree);
-  return by_degree<FLOAT32>(degree);
+template <bool MEASURE> Sweep by_wire(int wire, int degree) {
+  if (wire == BFLOAT16) return by_degree<BFLOAT16, MEASURE>(degree);
+  if (wire == FLOAT16) return by_degree<FLOAT16, MEASURE>(degree);
+  return by_degree<FLOAT32, MEASURE>(degree);
+}
+
+Sweep choose(int wire, int degree, bool measure) {
+  return measure ? by_wire<true>(wire, degree) : by_wire<false>(wire, degree);
 }
 
 }  // namespace

@@ -6,7 +6,7 @@ The same operations in the same order as update.h, hence the same bits.
 import ctypes
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,20 @@ SEGMENT = np.dtype(
 
 WIRES = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.uint16}
 BLOCK = 1 << 15  # elements: the temporaries stay in the cache
+
+
+class Result(NamedTuple):
+    """What a pass says of itself.
+
+    Attributes:
+        finite: whether all that it wrote is finite, also as rounded to the wire.
+        disagreement: sum_l w_l |p_l - q_|^2 over the segments measured; NaN if none was asked for.
+        gradient: |h|^2 over them, h = g + decay * at, and 0 without a gradient; likewise.
+    """
+
+    finite: bool
+    disagreement: float
+    gradient: float
 
 
 def to_wire(x: NDArray[np.float32], wire: str) -> NDArray[Any]:
@@ -72,22 +86,32 @@ def update(
     segments: NDArray[np.void],
     wire: str,
     threads: int,
-) -> bool:
+    measure: int = 0,
+) -> Result:
     """The NumPy form of :func:`mpicdsgd.native.update`; ``threads`` changes nothing here."""
     _check(out, z, at, v, y, p, q, neighbours, weights, segments, wire, threads)
+    if not 0 <= measure <= len(segments):
+        raise ValueError(f"measure: 0 to the {len(segments)} segments, got {measure}")
     finite = True
-    for s in segments:
+    disagreement = gradient = 0.0 if measure else float("nan")
+    for number, s in enumerate(segments):
         offset, length = int(s["offset"]), int(s["length"])
         g = _gradient(s)
         for start in range(0, length, BLOCK):
             stop = min(start + BLOCK, length)
             i = slice(offset + start, offset + stop)
             with np.errstate(all="ignore"):
-                acc = _mixed(z[i], q[i] if s["own"] and q is not None else None,
-                             [n[i] for n in neighbours], weights, wire)  # fmt: skip
+                own = from_wire(q[i] if s["own"] and q is not None else to_wire(z[i], wire), wire)
+                near = [from_wire(n[i], wire) for n in neighbours]
+                acc = _mixed(z[i], own, near, weights)
+                if number < measure:
+                    disagreement += _apart(own, near, weights)
                 v_i = None if v is None else v[i]
                 if g is not None:
-                    acc = _stepped(acc, g[start:stop], at[i], v_i, s)
+                    h = g[start:stop] + s["decay"] * at[i] if s["decay"] != 0 else g[start:stop]
+                    if number < measure:
+                        gradient += _squared(h)
+                    acc = _stepped(acc, h, v_i, s)
                 ahead = acc if v_i is None else acc + s["mu"] * v_i
             finite = finite and bool(np.isfinite(from_wire(to_wire(acc, wire), wire)).all())
             out[i] = acc
@@ -95,32 +119,42 @@ def update(
                 y[i] = ahead
             if p is not None:
                 p[i] = to_wire(acc, wire)
-    return finite
+    return Result(finite, disagreement, gradient)
 
 
 def _mixed(
     z: NDArray[np.float32],
-    q: NDArray[Any] | None,
-    neighbours: list[NDArray[Any]],
+    own: NDArray[np.float32],
+    near: list[NDArray[np.float32]],
     weights: NDArray[np.float32],
-    wire: str,
 ) -> NDArray[np.float32]:
-    published = from_wire(to_wire(z, wire) if q is None else q, wire)
     acc = z
-    for weight, p in zip(weights, neighbours, strict=True):
-        acc = acc + weight * (from_wire(p, wire) - published)
+    for weight, p in zip(weights, near, strict=True):
+        acc = acc + weight * (p - own)
     return acc
+
+
+def _apart(
+    own: NDArray[np.float32], near: list[NDArray[np.float32]], weights: NDArray[np.float32]
+) -> float:
+    return sum(
+        float(weight) * _squared(p.astype(np.float64) - own)
+        for weight, p in zip(weights, near, strict=True)
+    )
+
+
+def _squared(x: NDArray[Any]) -> float:
+    x_64 = x.astype(np.float64, copy=False)
+    return float(np.dot(x_64, x_64))
 
 
 def _stepped(
     acc: NDArray[np.float32],
-    g: NDArray[np.float32],
-    at: NDArray[np.float32],
+    h: NDArray[np.float32],
     v: NDArray[np.float32] | None,
     s: np.void,
 ) -> NDArray[np.float32]:
     """The gradient's part; ``v`` is updated in place."""
-    h = g + s["decay"] * at if s["decay"] != 0 else g
     a = s["alpha"] * h
     if v is not None:
         v[:] = s["mu"] * v - a

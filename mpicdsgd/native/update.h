@@ -87,18 +87,23 @@ template <class F> MPICDSGD_FN F mixed(F acc, float weight, F p, F q) {
   return acc + weight * (p - q);
 }
 
-// One neighbour's share of the disagreement, which is a reduction: it agrees to a tolerance.
+// One neighbour's share of the disagreement, which is a reduction: it agrees to a tolerance. The
+// product is the one that `mixed` has, and costs nothing.
 template <class F> MPICDSGD_FN F apart(float weight, F p, F q) {
   const F d = p - q;
-  return weight * (d * d);
+  return d * (weight * d);
 }
 
 // The gradient of a loss that was scaled; as torch's GradScaler has it, inv_scale is 1.0f / scale.
 template <class F> MPICDSGD_FN F unscaled(F g, float inv_scale) { return g * inv_scale; }
 
-// The gradient's part. With decay == 0 `at` does not enter, and need not be given.
+// h, the gradient that is applied. With decay == 0 `at` does not enter, and need not be given.
+template <class F> MPICDSGD_FN F decayed(const Segment& s, F g, F at) {
+  return s.decay != 0.0f ? g + s.decay * at : g;
+}
+
 template <class F> MPICDSGD_FN F scaled_gradient(const Segment& s, F g, F at) {
-  return s.alpha * (s.decay != 0.0f ? g + s.decay * at : g);
+  return s.alpha * decayed(s, g, at);
 }
 
 template <class F> MPICDSGD_FN F new_velocity(const Segment& s, F v, F a) { return s.mu * v - a; }

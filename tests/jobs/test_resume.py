@@ -26,6 +26,7 @@ epochs = {epochs}
 evaluate_every = "7 steps"
 checkpoint_every = "5 steps"
 keep = 2
+theory = true
 [agents]
 topology = "ring"
 [model]
@@ -100,6 +101,9 @@ def same(folder: Path, ranks: int) -> None:
     """The killed run is what the undisturbed one is."""
     whole, killed = folder / "whole", folder / "killed"
     assert metrics(killed) == metrics(whole)
+    trace = (whole / "trace.jsonl").read_text()
+    assert (killed / "trace.jsonl").read_text() == trace
+    assert json.loads(trace.splitlines()[-1])["step"] == metrics(whole)[-1]["step"]
     expected, found = last_state(whole, ranks), last_state(killed, ranks)
     assert found.keys() == expected.keys()
     assert [key for key in expected if found[key] != expected[key]] == []

@@ -23,13 +23,14 @@ from emulation.gpu import EmulatedGpu
 from mpi4py import MPI
 from torch import nn
 
-from mpicdsgd import AgentFault, UserError, checkpoint, gpu, record
+from mpicdsgd import AgentFault, UserError, checkpoint, gpu, record, trace
 from mpicdsgd import run as run_module
 from mpicdsgd import state as run_state
 from mpicdsgd.data import DataConfig, load
 from mpicdsgd.minibatch import minibatch_step
 from mpicdsgd.run import Run
 from mpicdsgd.runconfig import Config, load_config
+from mpicdsgd.specs import graph_from_spec, mixing_from_spec
 
 if MPI.COMM_WORLD.size == 4:
     pytest.skip("one, two and five ranks say it all", allow_module_level=True)
@@ -159,6 +160,8 @@ def leave(comm: MPI.Intracomm, steps: int, *overrides: str) -> None:
         run.train()
     run.optimizer.close()
     run._metrics.close()
+    if run._trace is not None:
+        run._trace.close()
     comm.barrier()
 
 
@@ -352,7 +355,7 @@ on_gpu = pytest.mark.parametrize(
 def test_a_restart_goes_on_bit_by_bit(
     comm: MPI.Intracomm, folder: Path, overrides: tuple[str, ...], device: str
 ) -> None:
-    overrides = (*overrides, f"agents.device={device}")
+    overrides = (*overrides, f"agents.device={device}", "run.theory=true")
     train(comm, *overrides, "run.dir=whole")
     # Left after 11 steps: on from the checkpoint of step 8, the line of step 10 is written anew.
     leave(comm, 11, *overrides, "run.dir=left")
@@ -363,6 +366,9 @@ def test_a_restart_goes_on_bit_by_bit(
     train(comm, *overrides, "run.dir=left")
     assert [found["step"] for found in metrics("left")] == [5, 10, 15]
     same(comm, "whole", "left")
+    assert Path("left/trace.jsonl").read_bytes() == Path("whole/trace.jsonl").read_bytes()
+    assert Path("left/trace.jsonl").resolve().name == "trace.g0003.jsonl"
+    assert trace.read(Path("left")).step.tolist() == list(range(15))
 
 
 @pytest.fixture
@@ -377,12 +383,67 @@ def emulated(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_on_emulated_gpus_is_the_same(
     comm: MPI.Intracomm, folder: Path, overrides: tuple[str, ...], request: pytest.FixtureRequest
 ) -> None:
+    overrides = (*overrides, "run.theory=true")
     train(comm, *overrides, "run.dir=whole")
     request.getfixturevalue("emulated")
     leave(comm, 11, *overrides, "run.dir=left")
     train(comm, *overrides, "run.dir=left")
     same(comm, "whole", "left")
+    host, there = (vars(trace.read(Path(run_dir))) for run_dir in ("whole", "left"))
+    for name, values in host.items():  # sums in another order
+        assert there[name] == pytest.approx(values, rel=1e-5, abs=1e-12), name
     assert "\n# device: emulated GPU" in Path("left/config.g0002.toml").read_text()
+
+
+@RUNS
+def test_the_trace(comm: MPI.Intracomm, folder: Path, overrides: tuple[str, ...]) -> None:
+    """Every step's sums over agents, and not a bit of the run is another for it."""
+    train(comm, *overrides, "run.dir=plain")
+    assert not Path("plain/trace.jsonl").exists()
+    losses.clear()
+    run = train(comm, *overrides, "run.dir=traced", "run.theory=true")
+    same(comm, "plain", "traced")
+    found = trace.read(Path("traced"))
+    assert found.step.tolist() == list(range(15))
+    assert found.batch.tolist() == [8 * comm.size] * 15
+    expected = np.array(comm.allgather([value for value, _ in losses])).sum(axis=0)
+    assert found.loss == pytest.approx(expected, rel=1e-12)
+    assert found.gradient.min() > 0
+    assert found.lr[0] == run.config.optim.lr
+    assert (found.lr[14] < found.lr[0]) == (run.config.optim.schedule != "fixed")
+    if comm.size == 1:
+        assert not found.disagreement.any()
+    else:
+        assert found.disagreement[1:].min() > 0
+        assert (found.disagreement[0] > 0) == (run.config.agents.init == "local")
+
+
+def test_the_traces_disagreement_is_the_checkpoints(comm: MPI.Intracomm, folder: Path) -> None:
+    """sum_j D_j = |X|^2_(I - Pi), of the parameters that a checkpoint holds."""
+    more = ("optim.nesterov=false", "run.epochs=2", "run.theory=true")
+    train(comm, *more, "run.checkpoint_every=8 steps", "run.keep=9", "run.dir=r")
+    steps = sorted(Path("r/checkpoints").iterdir())
+    assert [path.name for path in steps] == ["step-00000008", "step-00000010"]
+    if comm.rank == 0:
+        shutil.rmtree(steps[1])
+    comm.barrier()
+    X = np.array([agent.x for agent in agents_of("r", comm.size)], np.float64)
+    graph = graph_from_spec(config().agents.topology, comm.size)
+    laplacian = np.eye(comm.size) - mixing_from_spec("metropolis", graph).Pi
+    norm = np.einsum("jd,jl,ld->", X, laplacian, X)
+    assert trace.read(Path("r")).disagreement[8] == pytest.approx(norm, rel=1e-5, abs=1e-12)
+
+
+def test_what_has_no_trace(comm: MPI.Intracomm, folder: Path) -> None:
+    with pytest.raises(UserError, match=r"run.theory = true is for .*cdmsgd.* not .*fedavg"):
+        Run(config("run.theory=true", "optim.name=fedavg", "run.dir=r"), comm)
+    assert not Path("r").exists()
+
+
+def test_a_trace_that_begins_later(comm: MPI.Intracomm, folder: Path) -> None:
+    leave(comm, 11, "run.dir=r")
+    train(comm, "run.dir=r", "run.theory=true")
+    assert trace.read(Path("r")).step.tolist() == list(range(8, 15))
 
 
 @pytest.fixture
@@ -398,11 +459,12 @@ def deferred(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_that_defers_is_the_same(
     comm: MPI.Intracomm, folder: Path, request: pytest.FixtureRequest
 ) -> None:
-    train(comm, "run.dir=whole")
+    train(comm, "run.dir=whole", "run.theory=true")
     request.getfixturevalue("deferred")
-    leave(comm, 11, "run.dir=left")  # in the middle of an epoch
-    train(comm, "run.dir=left")
+    leave(comm, 11, "run.dir=left", "run.theory=true")  # in the middle of an epoch
+    train(comm, "run.dir=left", "run.theory=true")
     same(comm, "whole", "left")
+    assert Path("left/trace.jsonl").read_bytes() == Path("whole/trace.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("way", ["deferred", "emulated"])

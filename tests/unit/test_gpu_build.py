@@ -18,7 +18,7 @@ from mpicdsgd.gpu import kernels
 NATIVE = ROOT / "mpicdsgd" / "native"
 FLAGS = ["-std=c++17", "--fmad=false", str(NATIVE / "kernel.cu")]
 WIRES = ["float32", "bfloat16", "float16"]
-DEGREES = [*map(str, range(9)), "n", "n_d"]
+DEGREES = [*map(str, range(9)), "n", "n_m"]
 NAMES = {f"update_{wire}_{degree}" for wire in WIRES for degree in DEGREES} | {"add_partials"}
 needs_cmake = pytest.mark.skipif(None in BUILD_TOOLS, reason="needs cmake and ninja")
 

@@ -117,11 +117,11 @@ def test_overflow(card: Any, overflow: float) -> None:
 
 
 @pytest.mark.parametrize("wire", WIRES)
-def test_disagreement(card: Any, wire: str) -> None:
+def test_what_is_measured(card: Any, wire: str) -> None:
     for degree in (0, 1, 3, 9):
         a, _kept = make(np.random.default_rng(degree), 20_000, degree, wire, grad=False, v=False,
                         q=False, in_place=False)  # fmt: skip
-        call = on(card, disagreement=True)
+        call = on(card, measure=1)
         got = run(call, a)
         assert_same_bits(got, run(update, a))
         own = reference.from_wire(reference.to_wire(a["z"], wire), wire).astype(np.float64)

@@ -9,7 +9,7 @@ from emulation import shim
 from emulation.gpu import EmulatedGpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_native import WIRES, assert_same_bits, cases, from_case, make, run
+from test_native import WIRES, assert_same_bits, cases, from_case, make, run, sums
 
 from mpicdsgd.gpu import layouts, update
 from mpicdsgd.gpu.update import DeviceUpdate
@@ -159,7 +159,7 @@ def test_overflow_leaves_the_gradient_out(gpu, found, degree):
     else:
         kept[0] *= np.float32(0.5) if degree else np.float32(1)
     want = run(reference.update, a)
-    assert want[0] is bool(found)
+    assert want[0].finite is bool(found)
     del want[1]["segments"]
     assert_same_bits(got, want)
     one.close()
@@ -169,24 +169,23 @@ def test_nothing_to_do_but_to_say_so(gpu):
     one = DeviceUpdate(gpu, "float32")
     for segments in (np.zeros(0, SEGMENT), np.zeros(2, SEGMENT)):
         a, _kept = make(np.random.default_rng(0), 0, 2, "float32", lengths=[])
-        outcome = start(one, a | {"segments": segments}, overflow=torch.ones(1), disagreement=True)
-        assert (outcome.finite(), outcome.skipped(), outcome.disagreement()) == (True, True, 0.0)
+        more = {"overflow": torch.ones(1), "measure": len(segments)}
+        outcome = start(one, a | {"segments": segments}, **more)
+        assert (outcome.finite(), outcome.skipped()) == (True, True)
+        if len(segments):
+            assert (outcome.disagreement(), outcome.gradient()) == (0.0, 0.0)
     one.close()
 
 
 @pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("degree", [0, 1, 4, 11])
-def test_disagreement(gpu, wire, degree):
+@pytest.mark.parametrize("measure", [1, 3, 5])
+def test_what_is_measured(gpu, wire, degree, measure):
     """To a tolerance, and the same in whatever order the blocks and threads run."""
     lengths = [TILE + 5, 0, 700, 3 * TILE, 11]
     a, _kept = make(np.random.default_rng(degree), 20_000, degree, wire, lengths=lengths)
-    want = 0.0
-    for s in a["segments"]:
-        i = slice(s["offset"], s["offset"] + s["length"])
-        q = a["q"][i] if s["own"] else reference.to_wire(a["z"][i], wire)
-        for weight, p in zip(a["weights"], a["neighbours"], strict=True):
-            apart = reference.from_wire(p[i], wire).astype(float) - reference.from_wire(q, wire)
-            want += float(weight) * float((apart**2).sum())
+    last = np.full(11, 100.0, np.float32)  # counts where all are measured
+    a["segments"]["grad"][-1] = last.ctypes.data
     expected = run(reference.update, a)
     seen = set()
     for order in (0, 1, 3):
@@ -195,14 +194,28 @@ def test_disagreement(gpu, wire, degree):
         outcomes = []
 
         def call(one=one, outcomes=outcomes, **b):
-            outcomes.append(start(one, b, disagreement=True))
+            outcomes.append(start(one, b, measure=measure))
             return outcomes[0].finite()
 
         assert_same_bits(run(call, a), expected)
-        seen.add(outcomes[0].disagreement())
+        seen.add((outcomes[0].disagreement(), outcomes[0].gradient()))
         one.close()
-    assert len(seen) == 1
-    assert seen.pop() == pytest.approx(want, rel=1e-5, abs=0 if degree else 1e-300)
+    ((disagreement, gradient),) = seen
+    want, want_gradient, size = sums(a, measure)
+    assert abs(disagreement - want) <= 1e-6 * size
+    assert gradient == pytest.approx(want_gradient, rel=1e-6)
+
+
+@pytest.mark.parametrize("overflow", [0.0, 1.0])
+def test_the_gradient_measured_is_the_one_applied(gpu, overflow):
+    a, _kept = make(np.random.default_rng(0), 3000, 2, "float32")
+    one = DeviceUpdate(gpu, "float32")
+    more = {"scale": torch.tensor([4.0]), "overflow": torch.tensor([overflow])}
+    a["segments"]["decay"] = 0
+    want = 0.0 if overflow else sums(a, 1)[1] / 16
+    assert start(one, a, measure=1, **more).gradient() == pytest.approx(want, rel=1e-6)
+    assert want > 0 or overflow
+    one.close()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -100,7 +100,7 @@ def test_what_did_not_change_is_not_copied_again(gpu, monkeypatch):
         want = run(reference.update, a)
         mine = a | {"v": a["v"].copy(), "z": a["z"].copy(), "at": a["at"].copy()}
         mine |= {"p": a["p"].copy(), "out": a["out"].copy(), "y": a["y"].copy()}
-        assert start(one, mine).finite() == want[0]
+        assert start(one, mine).finite() == want[0].finite
         np.testing.assert_array_equal(mine["out"], want[1]["out"])
         assert sorted(copies) == sorted(expected[change])
     one.close()
@@ -124,11 +124,13 @@ def test_another_stream_waits_for_the_last_pass():
     one.close()
 
 
-def test_disagreement_must_be_asked_for(gpu):
+def test_measures_must_be_asked_for(gpu):
     one = DeviceUpdate(gpu, "float32")
     a, _kept = make(np.random.default_rng(0), 10, 1, "float32")
-    with pytest.raises(ValueError, match="disagreement=True"):
-        start(one, a).disagreement()
+    outcome = start(one, a)
+    for method in (outcome.disagreement, outcome.gradient):
+        with pytest.raises(ValueError, match="measure="):
+            method()
     one.close()
 
 
@@ -168,6 +170,8 @@ MISTAKES = {
     "shifted": _set("p", lambda a: a["neighbours"][0] + 4),
     "same but read": _set("neighbours", lambda a: [a["z"].data_ptr(), a["out"].data_ptr() - 4]),
     "no segments": _set("segments", None),
+    "measure": _set("measure", 2),
+    "measure less": _set("measure", -1),
     "other segments": _set("segments", np.zeros(3, np.float32)),
     "overlap": _set("segments", lambda a: np.repeat(a["segments"], 2)),
 }

@@ -18,7 +18,7 @@ ROOT = Path(mpicdsgd.__file__).parent
 # that is not here fails: decide where it belongs. The package itself only re-exports: no layer.
 LAYERS: list[tuple[str, set[str]]] = [
     ("maths: no MPI, no torch", {"errors", "graph", "topology", "matrix", "mixing", "cycle",
-                                "schedule"}),
+                                "schedule", "theory", "bounds", "fastestmixing"}),
     ("users' files and names", {"userfiles", "_read_hdf5", "graphfiles", "matrixfiles", "specs",
                                 "plugins"}),
     ("machinery", {"native", "native.reference", "native.dispatch", "native._native", "shutdown",
@@ -41,8 +41,9 @@ LAYERS: list[tuple[str, set[str]]] = [
                          "data.samples", "data.shuffle", "data.source", "data.feed", "models",
                          "evaluate"}),
     ("the run", {"config", "runfolder", "manifest", "rankfile", "inspection", "checkpoint", "state",
-                 "record", "comparison", "figures", "graphplot", "plots", "progress", "measure",
-                 "runconfig", "minibatch", "run", "job"}),
+                 "record", "comparison", "figures", "graphplot", "graphreport",
+                 "graphsuggest", "graphtable", "plots", "progress", "measure",
+                 "runconfig", "trace", "minibatch", "run", "job"}),
     ("command line", {"launch", "info", "cli", "__main__"}),
 ]  # fmt: skip
 LAYER = {module: i for i, (_, modules) in enumerate(LAYERS) for module in modules}
@@ -150,6 +151,7 @@ def test_maths_load_neither_mpi_nor_torch() -> None:
 def test_what_needs_no_mpi_does_not_start_it() -> None:
     """Graphs, plots, inspect, data and models: also used by spawned workers and on login nodes."""
     names = ["graphplot", "plots", "inspection", "data", "models", "record", "cli", "arena"]
+    names += ["graphreport", "graphsuggest", "graphtable"]
     code = "import " + ", ".join(f"mpicdsgd.{name}" for name in names)
     assert loaded_after(code, ("mpi4py.MPI",)) == []
 

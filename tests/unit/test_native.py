@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpicdsgd import native
-from mpicdsgd.native import SEGMENT, dispatch, reference
+from mpicdsgd.native import SEGMENT, Result, dispatch, reference
 
-compiled = dispatch._compiled
+compiled = dispatch._compiled and SimpleNamespace(
+    isa=dispatch._compiled.isa, update=lambda **a: Result(*dispatch._compiled.update(**a))
+)
 needs_compiled = pytest.mark.skipif(compiled is None, reason=f"no compiled kernel: {native.reason}")
 ISAS = [] if compiled is None else sorted({"generic", compiled.isa})
 WIRES = ["float32", "bfloat16", "float16"]
@@ -67,7 +70,7 @@ def make(rng, size, degree, wire, *, lengths=None, special=False, shift=0, **opt
 
 
 def run(function, arguments, shift=0, **more):
-    """Update copies, unaligned by shift; returns the finite flag and all arrays afterwards."""
+    """Update copies, unaligned by shift; returns what it returned, and all arrays afterwards."""
     copies: dict[int, Any] = {}
     a = dict(arguments)
     for name, x in arguments.items():  # the same memory stays the same memory
@@ -76,12 +79,16 @@ def run(function, arguments, shift=0, **more):
                 copies[id(x)] = np.empty(x.size + shift, x.dtype)[shift:]
                 copies[id(x)][:] = x
             a[name] = copies[id(x)]
-    finite = function(**a, **more)
-    return finite, {name: x for name, x in a.items() if isinstance(x, np.ndarray)}
+    result = function(**a, **more)
+    return result, {name: x for name, x in a.items() if isinstance(x, np.ndarray)}
+
+
+def finite(result):
+    return getattr(result, "finite", result)
 
 
 def assert_same_bits(got, want):
-    assert got[0] == want[0]
+    assert finite(got[0]) == finite(want[0])
     for name, x in want[1].items():
         y = got[1][name]
         if x.dtype == np.float32:  # which NaN a NaN is depends on the compiler's operand order
@@ -175,6 +182,77 @@ def test_threads_and_tiles_do_not_show(wire, degree):
             assert_same_bits(got, want)
 
 
+def sums(a, measure):
+    """Disagreement and |h|^2 of the first segments in float64, and the size of what is added up."""
+    disagreement = size = gradient = 0.0
+    for s in a["segments"][:measure]:
+        i = slice(s["offset"], s["offset"] + s["length"])
+        own = a["q"][i] if s["own"] else reference.to_wire(a["z"][i], a["wire"])
+        for weight, p in zip(a["weights"].astype(float), a["neighbours"], strict=True):
+            near = reference.from_wire(p[i], a["wire"]).astype(float)
+            squared = ((near - reference.from_wire(own, a["wire"])) ** 2).sum()
+            disagreement += weight * squared
+            size += abs(weight) * squared
+        if s["grad"] and s["length"]:
+            h = reference._gradient(s) + float(s["decay"]) * a["at"][i].astype(float)
+            gradient += (h**2).sum()
+    return disagreement, gradient, size
+
+
+def assert_measured(result, a, measure):
+    disagreement, gradient, size = sums(a, measure)
+    assert abs(result.disagreement - disagreement) <= 1e-6 * size
+    assert result.gradient == pytest.approx(gradient, rel=1e-6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases, st.integers(0, 4))
+def test_what_is_measured(case, measure):
+    """And measuring changes no bit of what is written."""
+    case = case | {"special": False}
+    measure = min(measure, len(case["lengths"]))
+    arguments, _kept = from_case(case)
+    want = run(reference.update, arguments)
+    functions = [(reference.update, {})]
+    functions += [(compiled.update, {"isa": isa, "stream": s}) for isa in ISAS for s in (0, 1)]
+    for function, more in functions:
+        got = run(function, arguments, case["shift"], measure=measure, **more)
+        assert_same_bits(got, want)
+        if measure:
+            assert_measured(got[0], arguments, measure)
+        else:
+            assert np.isnan([got[0].disagreement, got[0].gradient]).all()
+
+
+@needs_compiled
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("degree", [0, 2, 12, 13, 27])
+def test_what_is_measured_with_threads_and_tiles(wire, degree):
+    lengths = [1, 8191, 4097, 60001, 0, 33333, 17]
+    arguments, _kept = make(np.random.default_rng(degree), 106_000, degree, wire, lengths=lengths)
+    want = run(reference.update, arguments)
+    for isa, threads, measure in itertools.product(ISAS, (1, 3), (1, 4, 7)):
+        a = arguments | {"threads": threads}
+        got = [run(compiled.update, a, isa=isa, measure=measure) for _ in range(3)]
+        assert_same_bits(got[0], want)
+        assert_measured(got[0][0], arguments, measure)
+        assert got[0][0] == got[1][0] == got[2][0]
+
+
+@pytest.mark.parametrize("isa", ["numpy", *ISAS])
+def test_small_differences_of_large_values_are_measured(isa):
+    """<x, x - mix> would have no digit of it; nor would a sum in float32 over so many elements."""
+    update = reference.update if isa == "numpy" else compiled.update
+    size = 3_000_000
+    a, _kept = make(np.random.default_rng(0), size, 1, "float32", lengths=[size], q=False,
+                    v=False, y=False, grad=False, in_place=False)  # fmt: skip
+    a["z"][:], a["weights"][:] = 1.0, 0.3
+    a["neighbours"][0][:] = np.float32(1 + 2.0**-23)
+    more = {} if isa == "numpy" else {"isa": isa}
+    found = update(**a, measure=1, **more).disagreement
+    assert found == pytest.approx(0.3 * size * 2.0**-46, rel=1e-5)
+
+
 @pytest.mark.parametrize("wire", ["bfloat16", "float16"])
 @pytest.mark.parametrize("isa", ["numpy", *ISAS])
 def test_wires_against_torch(wire, isa):
@@ -235,10 +313,10 @@ def test_finite_flag(value, where, isa):
     more = {} if isa == "numpy" else {"isa": isa}
     a["segments"]["offset"] = 0
     a["neighbours"][0][99] = value  # outside the segment
-    assert run(update, a, **more)[0] is True
+    assert run(update, a, **more)[0].finite is True
     a["neighbours"][0][:99] = a["z"][:99]
     a["segments"]["own"], a["z"][where] = 0, value
-    assert run(update, a, **more)[0] is False
+    assert run(update, a, **more)[0].finite is False
 
 
 @pytest.mark.parametrize("isa", ["numpy", *ISAS])
@@ -252,7 +330,7 @@ def test_finite_flag_knows_what_overflows_in_the_wire(isa):
         a, _kept = make(np.random.default_rng(0), 100, 0, wire, lengths=[100], grad=False)
         a["segments"]["own"] = 0
         a["z"][41] = largest
-        assert run(update, a, **more)[0] is finite, (wire, largest)
+        assert run(update, a, **more)[0].finite is finite, (wire, largest)
 
 
 def _seg(name, value):
@@ -281,6 +359,8 @@ MISTAKES = {
     "wire's dtype": _set("wire", "bfloat16"),
     "wire unknown": _set("wire", "float8"),
     "threads": _set("threads", 0),
+    "measure": _set("measure", 2),
+    "measure less": _set("measure", -1),
     "weights": _set("weights", np.ones(1, np.float32)),
     "neighbour": _set("neighbours", lambda a: [a["z"], a["z"][1:]]),
     "no neighbour": _set("neighbours", lambda a: [a["z"].copy(), None]),
@@ -318,7 +398,7 @@ def test_read_only_inputs_are_taken_and_outputs_refused(backend):
     for x in (a["z"], a["at"], a["q"], a["weights"], a["segments"], *a["neighbours"]):
         x.flags.writeable = False
     update = (reference if backend == "numpy" else compiled).update
-    assert update(**a)
+    assert update(**a).finite
     for name in ("out", "v", "y", "p"):
         kept, a[name] = a[name], a[name].copy()
         a[name].flags.writeable = False
@@ -329,8 +409,9 @@ def test_read_only_inputs_are_taken_and_outputs_refused(backend):
 
 def test_empty():
     a, _kept = make(np.random.default_rng(0), 0, 3, "float32", lengths=[0, 0])
-    assert native.update(**a)
-    assert native.update(**a | {"segments": np.zeros(0, SEGMENT)})
+    assert native.update(**a).finite
+    assert native.update(**a | {"segments": np.zeros(0, SEGMENT)}).finite
+    assert native.update(**a, measure=2) == (True, 0.0, 0.0)
 
 
 FALLBACK = """
@@ -345,7 +426,7 @@ s = np.zeros(1, native.SEGMENT)
 s["length"] = 4
 for _ in range(3):
     assert native.update(x, x, at=x, v=None, y=None, p=None, q=None, neighbours=[],
-                         weights=x[:0], segments=s, wire="float32", threads=1)
+                         weights=x[:0], segments=s, wire="float32", threads=1).finite
 print(native.reason)
 """
 

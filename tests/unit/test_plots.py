@@ -159,6 +159,13 @@ def test_every_agent_and_edge_is_drawn(
     assert f"{mixing.spectrum.gap:.4g}" in axes.get_title()
 
 
+def test_several_graphs_side_by_side(tmp_path: Path, drawn: list[Figure]) -> None:
+    graphs = [topology.ring(4), topology.star(5), topology.chain(6)]
+    graphplot.draw_graphs([(graph, metropolis(graph)) for graph in graphs], tmp_path / "a.png")
+    assert [len(axes.patches) for axes in drawn[0].axes] == [4, 4, 5]
+    assert [axes.get_title().split(",")[0] for axes in drawn[0].axes] == ["ring", "star", "chain"]
+
+
 def test_width_is_weight(tmp_path: Path, drawn: list[Figure]) -> None:
     graph = topology.chain(4)
     plots.draw_graph(graph, metropolis(topology.chain(4)), tmp_path / "a.png")

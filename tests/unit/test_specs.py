@@ -82,6 +82,9 @@ def test_mixing_specs(tmp_path: Path) -> None:
     assert mixing_from_spec("uniform", ring).digest == mixing.uniform(ring).digest
     assert mixing_from_spec(" Metropolis ", ring).digest == mixing.metropolis(ring).digest
     assert mixing_from_spec("max_degree", ring).digest == mixing.max_degree(ring).digest
+    # A chain of 3: cos(pi/3).
+    assert mixing_from_spec("fastest", topology.chain(3)).spectrum.gap == pytest.approx(0.5)
+    assert mixing_from_spec("fastest", ring).name == "fastest"
     lazy = mixing_from_spec("lazy:lazy:max-degree", ring)
     assert lazy.name == "lazy:lazy:max-degree"
     assert np.array_equal(lazy.Pi, (3 * np.eye(5) + mixing.max_degree(ring).Pi) / 4)
