@@ -97,8 +97,9 @@ class Arena:
 
     def views_of(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """Views into another flat buffer of the same layout, one for each tensor."""
+        first = flat.storage_offset()  # a row of a matrix does not begin its storage
         return [
-            flat.as_strided(tensor.shape, strides, int(offset))
+            flat.as_strided(tensor.shape, strides, first + int(offset))
             for tensor, strides, offset in zip(
                 self.tensors, self._strides, self.segments["offset"], strict=True
             )

@@ -20,7 +20,7 @@ Where the printed theory is wrong a function gives both versions. Errata:
 
 1. I - Pi has the null vector 1, so its smallest eigenvalue is 0 and V is H_m-strongly convex, not
    H_m + (1 - lambda_2)/(2 alpha). The two printed lines of (17) also differ by a factor 1/2 in it.
-2. (15) admits a step only where lambda_N > 1 - zeta_1/Q_m, which most matrices in use are not. The
+2. (15) admits a step only where lambda_N > 1 - zeta_1/Q_m, which few matrices in use have. The
    descent that Theorems 1 and 2 rest on (Lemma 2) needs (14) alone, with another constant.
 3. Proposition 1 needs beta where an eigenvalue below 0 is the largest in modulus, and a start from
    equal parameters, or a term for it.

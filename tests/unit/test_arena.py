@@ -325,3 +325,11 @@ def test_layout_tells_shapes_strides_and_order_apart() -> None:
     }
     assert len(layouts) == 5
     assert Arena([parameter(2, 3)]).layout() == Arena([parameter(2, 3)]).layout()
+
+
+def test_views_of_a_row_lie_in_that_row() -> None:
+    arena = Arena([torch.zeros(2, 3), torch.zeros(5)])
+    rows = torch.zeros(3, arena.size)
+    for view in arena.views_of(rows[1]):
+        view.fill_(1.0)
+    assert rows.sum(dim=1).tolist() == [0.0, 11.0, 0.0]

@@ -260,3 +260,19 @@ def test_steps_beyond_a_bound_are_refused() -> None:
         bounds.distance_bound([0.1, 0.9], [0.0, 0.0], constants, 2, 1.0)
     with pytest.raises(UserError, match=r"step 0 has the size 0.6.*1/gamma_m = 0.5"):
         bounds.gradient_bound([0.6], [0.0], constants, 2, 1.0)
+
+
+def test_bounds_on_gradients_are_their_formulas() -> None:
+    """(18) as printed, under (15); and the derived one, term by term."""
+    m, alpha, steps = mixing("ring", 5), 0.05, np.array([1.0, 10.0, 100.0])
+    constants = Constants(gamma_m=2.0, Q=0.7, Q_m=1.1, zeta_1=0.9)
+    down = theory.descent(alpha, constants, m.spectrum)
+    assert down.admitted == "(15)"
+    gamma_hat = 2.0 + (1 - m.spectrum.lambda_n) / alpha
+    printed = gamma_hat * steps * alpha * 0.7 / 0.9 + 2 * 3.0 / (0.9 * alpha)
+    assert bounds.theorem_2(steps, 3.0, down) == pytest.approx(printed)
+    alphas, apart = np.array([0.3, 0.2]), np.array([1.0, 2.0, 9.0])
+    first = 2 * 3.0 + 0.3 * 4.0 * 1.0 / 5 + 2.0 * 0.7 / 25 * 0.09
+    second = first + 0.2 * 4.0 * 4.0 / 5 + 2.0 * 0.7 / 25 * 0.04
+    found = bounds.gradient_bound(alphas, apart, constants, 5, 3.0)
+    assert found == pytest.approx([first, second])
