@@ -18,15 +18,18 @@ from numpy.typing import NDArray
 
 from mpicdsgd import native, shutdown
 from mpicdsgd.agreement import TIMEOUT_S, agreement, collect, require_same
-from mpicdsgd.cycle import Mixing
+from mpicdsgd.cycle import Mixing, MixingCycle
 from mpicdsgd.errors import UserError
 from mpicdsgd.gpu.choose import choose_gpu
+from mpicdsgd.matrix import MixingMatrix
 from mpicdsgd.topology import Graph
 
 shutdown.install()
 
 log = logging.getLogger("mpicdsgd")
 
+# Up to here two ranks' mixing matrices are the same but for rounding.
+ROUNDING = 1e-6
 _CHUNK = 1 << 20  # elements reduced at once: 8 MB of float64, whatever the model's size
 
 
@@ -78,7 +81,8 @@ class Agents:
         cores: this rank's fair share of the cores that it may run on.
 
     Raises:
-        UserError: on every rank, if sizes do not fit or ranks hold different matrices.
+        UserError: on every rank, if sizes do not fit or ranks hold different matrices. Of matrices
+            that differ by rounding (`ROUNDING`) rank 0's is taken on all, and the log says so.
     """
 
     def __init__(
@@ -102,8 +106,7 @@ class Agents:
                     f"the mixing matrix is for {mixing.graph.n} agents, the job has {self.size} "
                     f"ranks: start {mixing.graph.n} ranks or make the graph with n = {self.size}"
                 )
-        self.require_same("the mixing matrix Pi", mixing.digest)
-        self.mixing = mixing
+        self.mixing = mixing = self._common(mixing)
         self.graph: Graph = mixing.graph
         self.sources = self.graph.sources[self.rank]
         self.destinations = self.graph.destinations[self.rank]
@@ -186,6 +189,37 @@ class Agents:
             self.comm.Allreduce(MPI.IN_PLACE, part, MPI.SUM)
             out[start : start + _CHUNK] = part / self.size
         return out
+
+    def _common(self, mixing: Mixing) -> Mixing:
+        """One mixing matrix for all ranks, bit by bit. Collective.
+
+        What was computed (``fastest``) has other last bits with another BLAS or CPU.
+        """
+        what = "the mixing matrix Pi"
+        digests = collect(self.comm, what, mixing.digest, self.timeout_s)
+        if len(set(digests)) == 1:
+            return mixing
+        edges = [(turn.graph.directed, turn.graph.edges) for turn in mixing.turns]
+        self.require_same(f"{what}'s edges", repr((mixing.graph.n, edges)))
+        mine = np.stack([turn.Pi for turn in mixing.turns])
+        first = mine.copy()
+        self.comm.Bcast(first, root=0)
+        off = self.comm.allreduce(float(np.abs(first - mine).max()), MPI.MAX)
+        if off > ROUNDING:
+            self.require_same(what, mixing.digest)
+        if self.rank == 0:
+            log.info(
+                "mixing %s differs between ranks by rounding, up to %.1g: rank 0's is used",
+                mixing.name,
+                off,
+            )
+        turns = tuple(
+            MixingMatrix(Pi, turn.graph, turn.name, turn.changes)
+            for Pi, turn in zip(first, mixing.turns, strict=True)
+        )
+        if isinstance(mixing, MixingMatrix):
+            return turns[0]
+        return MixingCycle(turns, mixing.graph, mixing.name)
 
     def same_layout(self, tensors: dict[str, torch.Tensor]) -> None:
         """Raise a UserError on every rank unless names, shapes and dtypes agree. Collective."""

@@ -13,6 +13,8 @@ from oracle import make_agents, matrix
 
 from mpicdsgd import Agents, UserError, complete, metropolis, ring
 from mpicdsgd.agreement import Disagreement, agreement, collect, require_same
+from mpicdsgd.cycle import Mixing, MixingCycle
+from mpicdsgd.matrix import MixingMatrix
 
 
 class Model(torch.nn.Module):
@@ -198,6 +200,32 @@ def test_what_no_user_did_passes_through(comm: MPI.Intracomm) -> None:
 def test_collect_is_by_rank(comm: MPI.Intracomm) -> None:
     assert collect(comm, "words", f"w{comm.rank}") == [f"w{j}" for j in range(comm.size)]
     require_same(comm, "what", "x" * 5000)
+
+
+@pytest.mark.parametrize("mixing", ["metropolis", "matchings"])
+def test_matrices_that_differ_by_rounding(comm: MPI.Intracomm, mixing: str) -> None:
+    """Rank 0's bits are used everywhere: what is computed depends on BLAS and CPU."""
+    if comm.size == 1:
+        pytest.skip("one rank has one matrix")
+    given = matrix(comm.size, "ring", mixing)
+
+    def moved(by: float) -> Mixing:
+        turns = []
+        for turn in given.turns:
+            Pi = turn.Pi.copy()
+            j, i = next(iter(np.argwhere(turn.Pi - np.diag(np.diag(turn.Pi)))))
+            Pi[j, i] += comm.rank * by
+            turns.append(MixingMatrix(Pi, turn.graph, turn.name))
+        if isinstance(given, MixingMatrix):
+            return turns[0]
+        return MixingCycle(tuple(turns), given.graph, given.name)
+
+    agents = Agents(comm, moved(1e-12))
+    assert len(set(comm.allgather(agents.mixing.digest))) == 1
+    np.testing.assert_array_equal(agents.mixing.turns[-1].Pi, given.turns[-1].Pi)
+    assert agents.turns[0].weights == given.turns[0].row(comm.rank)[2]
+    with pytest.raises(UserError, match="mixing matrix Pi must be the same"):
+        Agents(comm, moved(1e-4))
 
 
 def test_ranks_at_different_agreements(comm: MPI.Intracomm) -> None:
