@@ -32,7 +32,7 @@ LAYERS: list[tuple[str, set[str]]] = [
                    "links.gradients", "links.averaging", "links.centre", "links.pairs",
                    "links.push", "links.rules", "links.server", "links.served",
                    "update", "stepper"}),
-    ("algorithms", {"optim", "algorithms", "algorithms.cdsgd", "algorithms.cdmsgd",
+    ("algorithms", {"optim", "optimstate", "algorithms", "algorithms.cdsgd", "algorithms.cdmsgd",
                     "algorithms.mixed", "algorithms.sgd", "algorithms.fedavg",
                     "algorithms.easgd", "algorithms.gossip", "algorithms.downpour",
                     "algorithms.checks", "algorithms.forms", "algorithms.choose"}),
