@@ -9,136 +9,63 @@ HDF5 reads a damaged one without a word. Names and checks stand in ``manifest.py
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from numpy.typing import NDArray
 
 from mpicdsgd import manifest as disk
 from mpicdsgd import rankfile
 from mpicdsgd.errors import UserError
 from mpicdsgd.inspection import inspect
-from mpicdsgd.manifest import Damaged, FileEntry, Manifest, Place
-from mpicdsgd.runfolder import claim_generation, reason, sync_folder
+from mpicdsgd.manifest import Damaged, Manifest, Place
+from mpicdsgd.runfolder import claim_generation, reason
+from mpicdsgd.snapshot import Keep, Snapshot, commit, describe, discard, say, write_own
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["Snapshot", "claim_generation", "inspect", "read_newest", "write"]
+__all__ = ["Keep", "Snapshot", "claim_generation", "inspect", "read_newest", "write"]
 
 log = logging.getLogger("mpicdsgd")
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """One agent's state at a step.
-
-    Attributes:
-        step: steps done so far.
-        arrays: numeric arrays of any shape by name; "/" in a name makes a group in the file, and no
-            name may lie below another ("a" and "a/b"). The array "x", shape (D,), is what
-            `inspect` takes for the parameters.
-        meta: this agent's own, as JSON.
-        shared: equal on all agents, as JSON; rank 0's goes into the manifest.
-        generation: which generation wrote it; set by `read_newest`.
-    """
-
-    step: int
-    arrays: dict[str, NDArray[Any]]
-    meta: dict[str, Any] = field(default_factory=dict)
-    shared: dict[str, Any] = field(default_factory=dict)
-    generation: int = 0
-
-
 def write(
-    run_dir: Path, generation: int, snapshot: Snapshot, comm: MPI.Intracomm, keep: int
+    run_dir: Path, generation: int, snapshot: Snapshot, comm: MPI.Intracomm, keep: Keep
 ) -> Path | None:
-    """Write a checkpoint and drop all but the newest ``keep``. Collective over ``comm``.
+    """Write a checkpoint and drop what ``keep`` does not name. Collective over ``comm``.
 
     All ranks give the same step and the same generation, claimed by rank 0 with
     `claim_generation`. A step that this generation has written already is not written again.
+    `background.Background` does the same while training goes on.
 
     Returns:
         The checkpoint's folder; None, on every rank, if a rank could not write (disk full, no
         permission): logged once, the attempt removed, the checkpoint before it kept.
     """
-    assert keep >= 1, "at least one checkpoint is kept"
     place = disk.place_of(Path(run_dir), generation, snapshot.step)
-    layout = rankfile.layout(snapshot.arrays)
-    json.dumps([snapshot.meta, snapshot.shared])  # a mistake of the caller's is raised here
+    about = describe(snapshot, generation, comm.rank, comm.size)
     if comm.bcast(os.path.lexists(place.manifest) if comm.rank == 0 else None):
         return place.folder
-    about = rankfile.About(snapshot.step, generation, comm.rank, comm.size, snapshot.meta, layout)
-    entry: FileEntry | None = None
-    problem = ""
-    try:
-        place.folder.mkdir(parents=True, exist_ok=True)
-        entry = rankfile.write_rank(place, about, snapshot.arrays)
-    except Exception as error:  # whatever it is, the other ranks are waiting in the gather
-        problem = f"rank {comm.rank}: {reason(error)}"
-    gathered = comm.gather((entry, layout, problem), root=0)
+    own = write_own(place, about, snapshot.arrays)
+    gathered = comm.gather((own, about.arrays), root=0)
     problems: list[str] = []
+    remark = ""
     if gathered is not None:
-        problems = [p for _, _, p in gathered if p]
+        problems = [f"rank {k}: {p}" for k, ((_, p), _) in enumerate(gathered) if p]
         if not problems:
-            entries = [e for e, _, _ in gathered if e is not None]
-            try:
-                _finish(place, entries, [spec for _, spec, _ in gathered], snapshot)
-            except Exception as error:
-                problems = [f"rank 0: {reason(error)}"]
-                _discard(place, 0)  # the manifest goes before any rank's file does
+            entries = [e for (e, _), _ in gathered if e is not None]
+            layouts = [spec for _, spec in gathered]
+            problem, remark = commit(place, entries, layouts, snapshot.shared, keep)
+            problems = [f"rank 0: {problem}"] if problem else []
     problems = comm.bcast(problems)
-    if problems:
-        _discard(place, comm.rank)
-        if comm.rank == 0:
-            log.error(
-                "the checkpoint of step %d was not written (%s%s): the one before it is kept",
-                snapshot.step,
-                problems[0],
-                f", and {len(problems) - 1} more" if len(problems) > 1 else "",
-            )
-        return None
     if comm.rank == 0:
-        try:
-            disk.prune(Path(run_dir), generation, keep)
-        except OSError as error:
-            log.warning("old checkpoints in %s cannot be removed: %s", run_dir, reason(error))
+        say(snapshot.step, problems, remark)
+    if problems:
+        discard(place, comm.rank)
+        return None
     return place.folder
-
-
-def _finish(
-    place: Place, entries: list[FileEntry], layouts: list[dict[str, Any]], snapshot: Snapshot
-) -> None:
-    """Rank 0, once all agents' files are there: the index, then the manifest."""
-    alike = {
-        name: spec
-        for name, spec in layouts[0].items()
-        if all(other.get(name) == spec for other in layouts)
-    }
-    index = rankfile.write_index(place, len(entries), alike)
-    for folder in (place.folder, *list(place.folder.parents)[:2]):
-        sync_folder(folder)
-    files = (*entries, index)
-    disk.write_manifest(
-        place,
-        Manifest(place.step, place.generation, len(entries), files, alike, snapshot.shared),
-    )
-
-
-def _discard(place: Place, rank: int) -> None:
-    """Remove what this rank has written of a checkpoint that will not be."""
-    mine = [place.rank_file(rank), *([place.manifest, place.index] if rank == 0 else [])]
-    for path in sorted(mine, key=lambda p: p != place.manifest):
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            log.warning("%s cannot be removed: %s", path, reason(error))
-    disk.remove_if_empty(place.folder)
 
 
 def read_newest(

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import re
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from mpicdsgd.runfolder import is_regular, newest_generation, reason, sync_folder, write_whole
-
-log = logging.getLogger("mpicdsgd")
 
 _FORMAT = 1
 _LARGEST = 1 << 28  # bytes of a manifest: ten thousand agents need 2 MB
@@ -246,22 +243,23 @@ def looks_intact(place: Place) -> bool:
     return not any(check_file(place.folder, entry, contents=False) for entry in manifest.files)
 
 
-def prune(run_dir: Path, generation: int, keep: int) -> None:
+def prune(run_dir: Path, generation: int, keep: int, every: int = 0) -> str:
     """Keep the newest ``keep`` checkpoints that look intact and remove what is older. Local.
 
-    Files of a newer generation are never touched, and where one has claimed the run's folder
-    nothing is: it may be reading. What a crash left of an unfinished write goes too.
+    Those whose step ``every`` divides stay too, if it is not 0. Files of a newer generation are
+    never touched, and where one has claimed the run's folder nothing is: it may be reading. What a
+    crash left of an unfinished write goes too.
+
+    Returns:
+        A remark for the log, or "".
 
     Raises:
         OSError: something could not be removed.
     """
     assert keep >= 1, "at least one checkpoint is kept"
     if newest_generation(run_dir) > generation:
-        log.warning(
-            "%s has been taken over by a newer run: its checkpoints count, this one's do not",
-            run_dir,
-        )
-        return
+        taken = f"{run_dir} has been taken over by a newer run"
+        return f"{taken}: its checkpoints count, this one's do not"
     kept = [p for p in places(run_dir) if p.generation <= generation and looks_intact(p)][:keep]
     for folder in step_folders(run_dir):
         step = int(folder.name.removeprefix("step-"))
@@ -270,11 +268,13 @@ def prune(run_dir: Path, generation: int, keep: int) -> None:
         for owner in owners:
             place = Place(owner, step, folder)
             unfinished = owner not in finished and any(place < newer for newer in kept)
-            old = len(kept) == keep and place < kept[-1]
+            stays = every > 0 and step % every == 0 and owner == max(finished, default=-1)
+            old = len(kept) == keep and place < kept[-1] and not stays
             if unfinished or old:  # so older than one of ``kept``: of no newer generation
                 remove(place)
         remove_if_empty(folder)
     sync_folder(checkpoints_folder(run_dir))
+    return ""
 
 
 def remove(place: Place) -> None:

@@ -23,6 +23,7 @@ from mpicdsgd.algorithms.choose import (
     make_scheduler,
     restore_schedule,
 )
+from mpicdsgd.background import Background
 from mpicdsgd.data import Shuffler, load
 from mpicdsgd.data.feed import to_device
 from mpicdsgd.errors import UserError
@@ -77,6 +78,7 @@ class Run:
             self.total_steps = config.run.epochs * per_epoch
             self._evaluate_every = every("evaluate_every", config.run.evaluate_every, per_epoch)
             self._save_every = every("checkpoint_every", config.run.checkpoint_every, per_epoch)
+            self._keep_every = every("keep_every", config.run.keep_every, per_epoch)
         self._seed(0 if config.agents.init == "broadcast" else agents.rank + 1)
         with agents.agreement("model"):
             self.model = models.build(config.model, self.data.input_shape, self.data.classes)
@@ -108,7 +110,13 @@ class Run:
         self._shown = ""
         if snapshot is not None:
             self._restore(snapshot)
-        self._saved_step = self.optimizer.steps if snapshot else None
+        self._writer = Background(
+            self._dir,
+            agents.generation,
+            agents.comm,
+            checkpoint.Keep(config.run.keep, self._keep_every),
+            snapshot.step if snapshot else None,
+        )
         first = agents.rank == 0
         with agents.agreement("metrics file"):
             self._metrics = record.Metrics(
@@ -142,8 +150,12 @@ class Run:
             with self._progress:
                 while self.optimizer.steps < self.total_steps:
                     self._epoch()
-        except AgentFault as fault:
-            raise self._as_mistake(fault) from None
+        except (AgentFault, UserError) as error:
+            if isinstance(error, UserError) and not error.raised_on_all_ranks:
+                raise
+            self._writer.close()
+            raise self._as_mistake(error) from None
+        self._writer.close()
         self.optimizer.close()
         self._metrics.close()
         if self._trace is not None:
@@ -158,6 +170,7 @@ class Run:
         made = self.data.train.batches(batches, epoch)
         for inputs, targets in to_device(made, self.agents.device):
             self._step(inputs, targets)
+            self._writer.progress()
             done = self.optimizer.steps
             at_end = done == self.total_steps
             if at_end or (self._evaluate_every and done % self._evaluate_every == 0):
@@ -255,18 +268,14 @@ class Run:
             meta=as_json(meta),
             shared=shared,
         )
-        written = checkpoint.write(
-            self._dir, self.agents.generation, snapshot, self.agents.comm, self.config.run.keep
-        )
-        if written is not None:
-            self._saved_step = self.optimizer.steps
+        self._writer.save(snapshot)
 
     def _no_fault(self, where: str) -> None:
         """Raise a fault found by any agent before going into other collectives. Collective."""
         self.optimizer.rest()
         self.optimizer.settle()
         fault = self.optimizer.exchange.fault_known
-        error = self._as_mistake(AgentFault(fault)) if fault.reason else None
+        error = UserError(str(AgentFault(fault))) if fault.reason else None
         try:
             agree(self.agents.comm, where, error, self.agents.timeout_s)
         except UserError:
@@ -279,15 +288,16 @@ class Run:
         if self._trace is not None:
             self._trace.flush(self.optimizer.measured())
 
-    def _as_mistake(self, fault: AgentFault) -> UserError:
+    def _as_mistake(self, error: Exception) -> UserError:
+        """What all ranks raise, and what is left of the run."""
         kept = (
             "there is no checkpoint yet"
-            if self._saved_step is None
-            else f"the checkpoint of step {self._saved_step} is kept"
+            if self._writer.step is None
+            else f"the checkpoint of step {self._writer.step} is kept"
         )
-        error = UserError(f"{fault}; {kept} in {self._dir}")
-        error.raised_on_all_ranks = True
-        return error
+        mistake = UserError(f"{error}; {kept} in {self._dir}")
+        mistake.raised_on_all_ranks = True
+        return mistake
 
     def _open_folder(self) -> checkpoint.Snapshot | None:
         """Find the checkpoint to go on from, claim a generation, write the config. Collective."""

@@ -32,7 +32,8 @@ class RunConfig:
     evaluate_batch: int = 500  # samples at a time
     evaluate_train: bool = False  # on the agent's whole share, not the epoch's running mean
     resume: str = "auto"  # or "never": begin anew, as a new generation of the run
-    keep: int = 3  # checkpoints
+    keep: int = 3  # checkpoints, the newest
+    keep_every: str = "never"  # or "10 epochs", "5000 steps": checkpoints of these steps stay too
     tensorboard: bool = False
     theory: bool = False  # record what the theory speaks of, at every step: see `trace`
 
@@ -118,5 +119,6 @@ def differences(then: Any, now: Any, where: str = "") -> list[str]:
 _WITH_GRAPH = ("cdsgd", "cdmsgd", "icdsgd")
 _WITHOUT_GRAPH = set(NAMES) - set(_WITH_GRAPH)
 MAY_CHANGE = (
-    "run.dir", "run.resume", "run.keep", "run.epochs", "run.tensorboard", "run.theory", "data.path",
+    "run.dir", "run.resume", "run.keep", "run.keep_every", "run.epochs", "run.tensorboard",
+    "run.theory", "data.path",
 )  # fmt: skip

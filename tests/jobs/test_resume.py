@@ -120,7 +120,7 @@ def test_one_rank(start: Start, tmp_path: Path) -> None:
     assert len(list(killed.glob("checkpoints/*/.rank-0000.g0001.h5.tmp"))) == 1, "half a file"
     # On from step 5; all but the name of the sixth manifest is there, and the metrics line.
     kill_there(start, tmp_path, 1, {"rank": 0, "rename": "manifest.g0002.json", "nth": 6})
-    assert metrics(killed)[-1]["step"] == 35
+    assert metrics(killed)[-1]["step"] >= 35, "training went on beside the writer"
     assert checkpoints(killed)[-1].parent.name == "step-00000030"
     kill_there(start, tmp_path, 1, {"rank": 0, "step": random.randint(1, 4), "run_on": True})
     again = train(start, tmp_path, 1, "killed", None).wait()

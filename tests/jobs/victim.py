@@ -1,45 +1,16 @@
-"""A run's model and loss that can halt their own rank at a chosen moment, to be killed there.
+"""A run's data, model and loss; the loss can halt its rank, as `halting` says."""
 
-The environment variable VICTIM holds JSON: the rank, and what to halt at: "step" (in that step's
-loss function, with an exchange under way), "rename" (before a file of that pattern gets its name,
-the ``nth`` time) or "write" (the ``nth`` block of such a file half written). A halted rank makes
-the file ``halted`` and sleeps; with "run_on" it goes on instead, so that the kill comes at random.
-"""
-
-import fnmatch
-import json
-import os
-import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from mpi4py import MPI
+from halting import PLAN, halt, now
 from torch import nn
-
-PLAN: dict[str, Any] = json.loads(os.environ.get("VICTIM", "{}"))
-if PLAN.get("rank") != MPI.COMM_WORLD.rank:
-    PLAN = {}
-_seen = {"step": 0, "rename": 0, "write": 0}
-
-
-def _halt() -> None:
-    Path("halted").touch()
-    if not PLAN.get("run_on"):
-        time.sleep(600)
-
-
-def _now(kind: str) -> bool:
-    _seen[kind] += 1
-    return _seen[kind] == PLAN.get("nth", 1)
 
 
 def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    if outputs.requires_grad:
-        _seen["step"] += 1
-        if _seen["step"] == PLAN.get("step"):
-            _halt()
+    if outputs.requires_grad and "step" in PLAN and now("step"):
+        halt()
     return nn.functional.cross_entropy(outputs, targets)
 
 
@@ -62,26 +33,3 @@ def model() -> nn.Module:
         nn.Dropout(0.3),
         nn.Linear(48, 4),
     )
-
-
-_replace, _pwrite = os.replace, os.pwrite
-
-
-def _halting_replace(source: Any, target: Any) -> None:
-    if fnmatch.fnmatch(Path(target).name, PLAN["rename"]) and _now("rename"):
-        _halt()
-    _replace(source, target)
-
-
-def _halting_pwrite(handle: int, data: Any, offset: int) -> int:
-    name = Path(os.readlink(f"/proc/self/fd/{handle}")).name
-    if len(data) > 1000 and fnmatch.fnmatch(name, PLAN["write"]) and _now("write"):
-        _pwrite(handle, data[: len(data) // 2], offset)
-        _halt()
-    return _pwrite(handle, data, offset)
-
-
-if "rename" in PLAN:
-    os.replace = _halting_replace
-if "write" in PLAN:
-    os.pwrite = _halting_pwrite

@@ -517,7 +517,8 @@ def test_a_checkpoint_that_was_not_written_is_not_said_to_be_kept(
 ) -> None:
     global _calls
     _calls = 0
-    monkeypatch.setattr("mpicdsgd.checkpoint.write", lambda *arguments: None)  # a full disk, say
+    # A full disk, say.
+    monkeypatch.setattr("mpicdsgd.background.Background.save", lambda *arguments: None)
     job.refuses(
         "there is no checkpoint yet in runs/r",
         "run.checkpoint_every=3 steps",

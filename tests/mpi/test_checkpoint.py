@@ -16,7 +16,7 @@ import pytest
 from mpi4py import MPI
 
 from mpicdsgd import checkpoint
-from mpicdsgd.checkpoint import Snapshot
+from mpicdsgd.checkpoint import Keep, Snapshot
 from mpicdsgd.errors import UserError
 
 
@@ -39,7 +39,8 @@ def snapshot(step: int, rank: int) -> Snapshot:
 def write(run: Path, comm: MPI.Intracomm, generation: int, *steps: int) -> list[Path | None]:
     """Write checkpoints, and wait for rank 0, which prunes when the others have gone on."""
     result = [
-        checkpoint.write(run, generation, snapshot(step, comm.rank), comm, 3) for step in steps
+        checkpoint.write(run, generation, snapshot(step, comm.rank), comm, Keep(3))
+        for step in steps
     ]
     comm.barrier()
     return result

@@ -146,7 +146,7 @@ class Left(Exception):
 
 
 def leave(comm: MPI.Intracomm, steps: int, *overrides: str) -> None:
-    """Train until so many steps are done, then leave the run as it is on the disk."""
+    """Train until so many steps are done, then leave the run with its checkpoints on the disk."""
     run = Run(config(*overrides), comm)
     step = run._step
 
@@ -158,6 +158,7 @@ def leave(comm: MPI.Intracomm, steps: int, *overrides: str) -> None:
     run._step = counted  # type: ignore[method-assign]
     with pytest.raises(Left):
         run.train()
+    run._writer.close()
     run.optimizer.close()
     run._metrics.close()
     if run._trace is not None:

@@ -81,10 +81,14 @@ def anything(shared: dict[str, Any]) -> None:
     pass
 
 
-def write(run: Path, generation: int, *steps: int, size: int = 2, keep: int = 9) -> list[Any]:
+def write(
+    run: Path, generation: int, *steps: int, size: int = 2, keep: int = 9, every: int = 0
+) -> list[Any]:
     def work(comm: Rank) -> Any:
         return [
-            checkpoint.write(run, generation, snapshot(step, comm.rank), comm, keep)
+            checkpoint.write(
+                run, generation, snapshot(step, comm.rank), comm, checkpoint.Keep(keep, every)
+            )
             for step in steps
         ]
 

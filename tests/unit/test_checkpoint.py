@@ -82,6 +82,15 @@ def test_keep_counts_intact_ones_only(tmp_path: Path) -> None:
     assert read(tmp_path) == 60
 
 
+def test_keep_every(tmp_path: Path) -> None:
+    """The newest two, and those whose step 100 divides, once each."""
+    write(tmp_path, 1, 90, 100, 150, keep=2, every=100)
+    write(tmp_path, 2, 100, 200, 210, 220, 230, keep=2, every=100)
+    kept = listing(tmp_path)
+    assert list(kept) == ["step-00000100", "step-00000200", "step-00000220", "step-00000230"]
+    assert kept["step-00000100"] == sorted(files(2)), "of the newest generation alone"
+
+
 def test_prune_removes_the_manifest_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     removed: list[str] = []
     unlink = Path.unlink
@@ -214,7 +223,8 @@ step = newest.step if newest else 0
 print(step, flush=True)
 while True:
     step += 1
-    assert checkpoint.write(run, generation, snapshot(step, 0), Rank(Team(1), 0), 2)
+    keep = checkpoint.Keep(2)
+    assert checkpoint.write(run, generation, snapshot(step, 0), Rank(Team(1), 0), keep)
     print(step, flush=True)
 """
 

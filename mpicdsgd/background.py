@@ -1,0 +1,249 @@
+"""Checkpoints that are written while training goes on.
+
+    save       every agent copies its state and gives the copy to its `WriterProcess`
+    progress   whoever's file is on the disk says so to rank 0, by a gather that nobody waits for;
+               when all have, rank 0's process writes index and manifest: the checkpoint exists
+    finish     waits for all this, and tells every rank what became of it; so does the next `save`
+
+The gathers run on a communicator of their own, one for each checkpoint and in their order, so they
+meet no other message.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+from numpy.typing import NDArray
+
+from mpicdsgd import snapshot as state
+from mpicdsgd.manifest import FileEntry, Place, place_of
+from mpicdsgd.rankfile import About
+from mpicdsgd.snapshot import Keep, Snapshot
+from mpicdsgd.writerprocess import WriterProcess
+
+log = logging.getLogger("mpicdsgd")
+
+_RECORD_BYTES = 512  # of an agent's outcome: size and checksum, or what went wrong
+_PATIENCE_S = 60.0  # after this the log says what the run is waiting for
+
+
+@dataclass
+class _UnderWay:
+    """A checkpoint that is being written."""
+
+    place: Place
+    about: About
+    shared: dict[str, Any]
+    layouts: list[dict[str, Any]] | None  # rank 0
+    own: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(_RECORD_BYTES, np.uint8))
+    all: NDArray[np.uint8] | None = None
+    request: MPI.Request | None = None
+    committing: bool = False
+    written: bool | None = None  # rank 0, once it is known
+
+
+class Background:
+    """Writes the checkpoints of one generation. Making it and `close` are collective.
+
+    Args:
+        run_dir, generation: see `checkpoint.write`.
+        comm: the agents; duplicated.
+        keep: which checkpoints are kept.
+        step: of the newest checkpoint that there is already.
+
+    Attributes:
+        step: of the newest checkpoint that this rank knows to be there, or None.
+        seconds: how long the last one took from `save` to its manifest, as rank 0 saw it; 0.0
+            where there was none yet, and on other ranks.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        generation: int,
+        comm: MPI.Intracomm,
+        keep: Keep,
+        step: int | None = None,
+    ) -> None:
+        self.step = step
+        self.seconds = 0.0
+        self._run_dir, self._generation, self._keep = Path(run_dir), generation, keep
+        self._comm: MPI.Intracomm = comm.Dup()
+        self._process: WriterProcess | None = None
+        self._cannot = False
+        self._job: _UnderWay | None = None
+        self._since = 0.0
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Begin to write a checkpoint, once the one before is done. Collective.
+
+        ``snapshot`` may be changed as soon as this returns. A step that this generation has written
+        already is not written again.
+        """
+        self.finish()
+        self._since = time.monotonic()
+        place = place_of(self._run_dir, self._generation, snapshot.step)
+        about = state.describe(snapshot, self._generation, self._comm.rank, self._comm.size)
+        first = self._comm.rank == 0
+        if self._comm.bcast(os.path.lexists(place.manifest) if first else None):
+            self.step = snapshot.step
+            return
+        layouts = self._comm.gather(about.arrays, root=0)
+        self._job = _UnderWay(place, about, snapshot.shared, layouts)
+        try:
+            process = self._start()
+            if process is not None:
+                process.write(self._run_dir, about, snapshot.arrays)
+                return
+        except OSError as error:  # no memory for a copy
+            self._in_place(f"no copy of the state could be made ({error.strerror})")
+        entry, problem = state.write_own(place, about, snapshot.arrays)
+        self._tell({"problem": problem} if entry is None else {"entry": vars(entry)})
+
+    def progress(self) -> None:
+        """Go on with what is under way, without waiting. Local; call it at every step."""
+        job = self._job
+        if job is None or job.written is not None:
+            return
+        if job.request is None:
+            assert self._process is not None
+            answer = self._process.answer()
+            if answer is not None:
+                self._tell(answer)
+            return
+        # On every rank: what others have told may have to pass through this one.
+        gathered = bool(job.request.Test())
+        if self._comm.rank == 0:
+            if gathered and not job.committing:
+                self._commit(job)
+            if job.committing and job.written is None:
+                assert self._process is not None
+                answer = self._process.answer()
+                if answer is not None:
+                    self._committed(job, answer)
+
+    def finish(self) -> None:
+        """Wait until what is under way is done; then `step` is the same on all ranks. Collective.
+
+        If a rank could not write (disk full, no permission), it is logged once, the attempt is
+        removed and the checkpoint before it kept.
+        """
+        job, since = self._job, time.monotonic()
+        if job is None:
+            return
+        said = False
+        while not self._here(job):
+            self.progress()
+            time.sleep(0.0005)
+            if not said and time.monotonic() - since > _PATIENCE_S:
+                said = True
+                log.warning(
+                    "rank %d: the checkpoint of step %d is not on the disk after %g s: waiting",
+                    self._comm.rank,
+                    job.about.step,
+                    _PATIENCE_S,
+                )
+        written = self._comm.bcast(job.written)
+        self._job = None
+        if written:
+            self.step = job.about.step
+        elif self._comm.rank != 0:
+            state.discard(job.place, self._comm.rank)
+
+    def close(self) -> None:
+        """`finish`, and end the process. Collective."""
+        self.finish()
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+        self._comm.Free()
+
+    def _here(self, job: _UnderWay) -> bool:
+        """Whether this rank has done its part."""
+        if self._comm.rank == 0:
+            return job.written is not None
+        return job.request is not None and bool(job.request.Test())
+
+    def _start(self) -> WriterProcess | None:
+        if self._process is not None and not self._process.alive:
+            self._process.close()
+            self._process = None
+        if self._process is None and not self._cannot:
+            try:
+                self._process = WriterProcess()
+            except OSError as error:
+                self._in_place(f"no process can be started ({error.strerror})")
+        return self._process
+
+    def _in_place(self, why: str) -> None:
+        if not self._cannot:
+            log.warning(
+                "rank %d: %s: checkpoints are written while training waits", self._comm.rank, why
+            )
+        self._cannot = True
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+
+    def _tell(self, answer: dict[str, Any]) -> None:
+        """Tell rank 0 what has become of this rank's file."""
+        job = self._job
+        assert job is not None
+        entry = answer.get("entry")
+        text = f"{entry['size_bytes']} {entry['sha256']}" if entry else f"!{answer['problem']}"
+        data = text.encode()[:_RECORD_BYTES]
+        job.own[: len(data)] = np.frombuffer(data, np.uint8)
+        if self._comm.rank == 0:
+            job.all = np.zeros((self._comm.size, _RECORD_BYTES), np.uint8)
+        job.request = self._comm.Igather(job.own, job.all, root=0)
+
+    def _commit(self, job: _UnderWay) -> None:
+        """Rank 0, when all have told."""
+        assert job.all is not None
+        assert job.layouts is not None
+        job.committing = True
+        texts = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in job.all]
+        problems = [f"rank {k}: {text[1:]}" for k, text in enumerate(texts) if text[:1] == "!"]
+        if problems:
+            self._outcome(job, problems, "")
+            return
+        entries = []
+        for rank, text in enumerate(texts):
+            size, digest = text.split()
+            entries.append(FileEntry(job.place.rank_file(rank).name, int(size), digest))
+        if self._process is None:
+            arguments = (entries, job.layouts, job.shared, self._keep)
+            problem, remark = state.commit(job.place, *arguments)
+            self._committed(job, {"problem": problem, "remark": remark})
+            return
+        self._process.commit(
+            self._run_dir,
+            {
+                "generation": job.place.generation,
+                "step": job.place.step,
+                "entries": [vars(entry) for entry in entries],
+                "layouts": job.layouts,
+                "shared": job.shared,
+                "keep": asdict(self._keep),
+            },
+        )
+
+    def _committed(self, job: _UnderWay, answer: dict[str, Any]) -> None:
+        problems = [f"rank 0: {answer['problem']}"] if answer["problem"] else []
+        self._outcome(job, problems, answer.get("remark", ""))
+
+    def _outcome(self, job: _UnderWay, problems: list[str], remark: str) -> None:
+        if problems:
+            state.discard(job.place, 0)  # the manifest goes before any other rank's file does
+        else:
+            self.step = job.about.step
+            self.seconds = time.monotonic() - self._since
+        state.say(job.about.step, problems, remark)
+        job.written = not problems

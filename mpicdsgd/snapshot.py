@@ -1,0 +1,141 @@
+"""One agent's state at a step, and the files that it becomes. No MPI here.
+
+A process writes only files of its own generation and the manifest comes last, so at every moment,
+whoever is killed, the checkpoint before is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from numpy.typing import NDArray
+
+from mpicdsgd import manifest as disk
+from mpicdsgd import rankfile
+from mpicdsgd.manifest import FileEntry, Manifest, Place
+from mpicdsgd.rankfile import About
+from mpicdsgd.runfolder import reason, sync_folder
+
+log = logging.getLogger("mpicdsgd")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One agent's state at a step.
+
+    Attributes:
+        step: steps done so far.
+        arrays: numeric arrays of any shape by name; "/" in a name makes a group in the file, and no
+            name may lie below another ("a" and "a/b"). The array "x", shape (D,), is what
+            `inspect` takes for the parameters.
+        meta: this agent's own, as JSON.
+        shared: equal on all agents, as JSON; rank 0's goes into the manifest.
+        generation: which generation wrote it; set by `read_newest`.
+    """
+
+    step: int
+    arrays: dict[str, NDArray[Any]]
+    meta: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
+    generation: int = 0
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints are kept: the newest ``last``, and every one whose step ``every`` divides.
+
+    ``every`` = 0: no others. At least the newest is kept.
+    """
+
+    last: int = 3
+    every: int = 0
+
+
+def describe(snapshot: Snapshot, generation: int, rank: int, size: int) -> About:
+    """What the rank's file is to say of itself. Local.
+
+    Asserts names and dtypes that can be stored; raises what `json.dumps` does.
+    """
+    layout = rankfile.layout(snapshot.arrays)
+    json.dumps([snapshot.meta, snapshot.shared])  # a mistake of the caller's is raised here
+    return About(snapshot.step, generation, rank, size, snapshot.meta, layout)
+
+
+def write_own(
+    place: Place, about: About, arrays: dict[str, NDArray[Any]]
+) -> tuple[FileEntry | None, str]:
+    """This rank's file, and what is wrong where there is none. Local; raises nothing."""
+    try:
+        place.folder.mkdir(parents=True, exist_ok=True)
+        return rankfile.write_rank(place, about, arrays), ""
+    except Exception as error:  # whatever it is, the other ranks are waiting
+        return None, reason(error)
+
+
+def commit(
+    place: Place,
+    entries: list[FileEntry],
+    layouts: list[dict[str, Any]],
+    shared: dict[str, Any],
+    keep: Keep,
+) -> tuple[str, str]:
+    """Rank 0, once all agents' files are there: index, manifest, and old checkpoints removed.
+
+    Returns:
+        A problem, "" if the checkpoint is there now; and a remark for the log, or "".
+    """
+    try:
+        _finish(place, entries, layouts, shared)
+    except Exception as error:
+        discard(place, 0)  # the manifest goes before any rank's file does
+        return reason(error), ""
+    run_dir = place.folder.parent.parent
+    try:
+        return "", disk.prune(run_dir, place.generation, keep.last, keep.every)
+    except OSError as error:
+        return "", f"old checkpoints in {run_dir} cannot be removed: {reason(error)}"
+
+
+def say(step: int, problems: list[str], remark: str) -> None:
+    """Log what became of a checkpoint, if that is worth a word. One rank."""
+    if problems:
+        log.error(
+            "the checkpoint of step %d was not written (%s%s): the one before it is kept",
+            step,
+            problems[0],
+            f", and {len(problems) - 1} more" if len(problems) > 1 else "",
+        )
+    if remark:
+        log.warning("%s", remark)
+
+
+def _finish(
+    place: Place, entries: list[FileEntry], layouts: list[dict[str, Any]], shared: dict[str, Any]
+) -> None:
+    alike = {
+        name: spec
+        for name, spec in layouts[0].items()
+        if all(other.get(name) == spec for other in layouts)
+    }
+    index = rankfile.write_index(place, len(entries), alike)
+    for folder in (place.folder, *list(place.folder.parents)[:2]):
+        sync_folder(folder)
+    files = (*entries, index)
+    disk.write_manifest(
+        place,
+        Manifest(place.step, place.generation, len(entries), files, alike, shared),
+    )
+
+
+def discard(place: Place, rank: int) -> None:
+    """Remove what this rank has written of a checkpoint that will not be. Local."""
+    mine = [place.rank_file(rank), *([place.manifest, place.index] if rank == 0 else [])]
+    for path in sorted(mine, key=lambda p: p != place.manifest):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s cannot be removed: %s", path, reason(error))
+    disk.remove_if_empty(place.folder)

@@ -1,0 +1,184 @@
+"""A process beside a rank that writes checkpoints from shared memory, so that the step need not.
+
+A thread would not do: HDF5 holds Python's lock, and halves the rate of the gradients. The process
+knows neither MPI nor torch and starts in a quarter of a second. Jobs and answers are lines of JSON;
+what is to be written lies in an unnamed file in memory that both have mapped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import select
+import signal
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpicdsgd import snapshot
+from mpicdsgd.manifest import FileEntry, place_of
+from mpicdsgd.rankfile import About, Arrays
+
+_ALIGNED = 64  # bytes: where an array may begin
+# What a batch system or a terminal sends to all processes is for the rank, which stops by itself
+# and waits for its writer; that one ends when the rank does.
+_NOT_FOR_US = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
+Job = dict[str, Any]
+
+
+class WriterProcess:
+    """The rank's side of it. All calls are local.
+
+    Raises:
+        OSError: no process can be started here.
+    """
+
+    def __init__(self) -> None:
+        self._memory = os.memfd_create("mpicdsgd-checkpoint", os.MFD_CLOEXEC)
+        self._map: mmap.mmap | None = None
+        self._said = b""
+        # -P: a file in the working folder that is called like a module is not that module.
+        words = [sys.executable, "-P", "-m", "mpicdsgd.writerprocess", str(self._memory)]
+        try:
+            self._process = subprocess.Popen(
+                words,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=[self._memory],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        except OSError:
+            os.close(self._memory)
+            raise
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._jobs: IO[bytes] = self._process.stdin
+        self._answers: IO[bytes] = self._process.stdout
+        # Also where a run is given up, and nobody closes anything.
+        self._end = weakref.finalize(self, _end, self._process, self._memory)
+
+    def write(self, run_dir: Path, about: About, arrays: Arrays) -> None:
+        """Copy ``arrays`` and have them written as `snapshot.write_own` does.
+
+        Raises:
+            OSError: there is no memory for the copy.
+        """
+        where: dict[str, int] = {}
+        size = 0
+        for name, array in arrays.items():
+            where[name] = size
+            size += -(-array.nbytes // _ALIGNED) * _ALIGNED
+        size = max(size, 1)
+        if self._map is None or len(self._map) < size:
+            if self._map is not None:
+                self._map.close()
+            os.posix_fallocate(self._memory, 0, size)
+            self._map = mmap.mmap(self._memory, size)
+        for name, array in arrays.items():
+            np.copyto(_array(self._map, where[name], about.arrays[name]), array)
+        self._send({"do": "write", "run_dir": str(run_dir), "about": vars(about), "where": where})
+
+    def commit(self, run_dir: Path, job: Job) -> None:
+        """Have `snapshot.commit` done; ``job``: its further arguments, as JSON."""
+        self._send({"do": "commit", "run_dir": str(run_dir), **job})
+
+    def answer(self, timeout_s: float | None = 0.0) -> Job | None:
+        """What became of the job; None where it is not done within ``timeout_s`` (None: for ever).
+
+        {"entry": ...} or {"problem": text}; of a commit {"problem": text, "remark": text}.
+        """
+        while b"\n" not in self._said:
+            if not select.select([self._answers], [], [], timeout_s)[0]:
+                return None
+            part = os.read(self._answers.fileno(), 1 << 16)
+            if not part:
+                return {"problem": f"the writer process ended with code {self._process.wait()}"}
+            self._said += part
+        line, _, self._said = self._said.partition(b"\n")
+        answer: Job = json.loads(line)
+        return answer
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can take a job."""
+        return self._process.poll() is None
+
+    def close(self) -> None:
+        """End it, once it has done its job."""
+        self._end()
+        if self._map is not None:
+            self._map.close()
+
+    def _send(self, job: Job) -> None:
+        with contextlib.suppress(BrokenPipeError):  # it has ended, as `answer` will say
+            self._jobs.write(json.dumps(job).encode() + b"\n")
+            self._jobs.flush()
+
+
+def _end(process: subprocess.Popen[bytes], memory: int) -> None:
+    for pipe in (process.stdin, process.stdout):
+        assert pipe is not None
+        with contextlib.suppress(OSError):
+            pipe.close()
+    process.wait()
+    os.close(memory)
+
+
+def _array(memory: mmap.mmap, offset: int, spec: dict[str, Any]) -> NDArray[Any]:
+    dtype, shape = np.dtype(spec["dtype"]), tuple(spec["shape"])
+    count = int(np.prod(shape, dtype=np.int64))
+    if count == 0:
+        return np.empty(shape, dtype)
+    return np.frombuffer(memory, dtype, count, offset).reshape(shape)
+
+
+def _write(memory: int, job: Job) -> Job:
+    about = About(**job["about"])
+    with mmap.mmap(memory, 0) as mapped:
+        arrays = {n: _array(mapped, job["where"][n], spec) for n, spec in about.arrays.items()}
+        place = place_of(Path(job["run_dir"]), about.generation, about.step)
+        entry, problem = snapshot.write_own(place, about, arrays)
+        del arrays  # they hold the mapping open
+    return {"problem": problem} if entry is None else {"entry": vars(entry)}
+
+
+def _commit(job: Job) -> Job:
+    place = place_of(Path(job["run_dir"]), job["generation"], job["step"])
+    problem, remark = snapshot.commit(
+        place,
+        [FileEntry(**entry) for entry in job["entries"]],
+        job["layouts"],
+        job["shared"],
+        snapshot.Keep(**job["keep"]),
+    )
+    return {"problem": problem, "remark": remark}
+
+
+def main(memory: int) -> int:
+    """Do jobs until the rank is gone."""
+    for one in _NOT_FOR_US:
+        signal.signal(one, signal.SIG_IGN)
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    for line in sys.stdin.buffer:
+        job = json.loads(line)
+        try:
+            answer = _write(memory, job) if job["do"] == "write" else _commit(job)
+        except Exception as error:  # the rank waits for an answer
+            answer = {"problem": f"{type(error).__name__}: {error}"}
+        with contextlib.suppress(BrokenPipeError):
+            answers.write(json.dumps(answer).encode() + b"\n")
+            answers.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

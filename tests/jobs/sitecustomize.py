@@ -1,0 +1,8 @@
+"""Imported by every Python that a job starts: the writers of checkpoints can be halted too."""
+
+import sys
+
+if "mpicdsgd.writerprocess" in sys.orig_argv:
+    import halting
+
+    halting.watch_files()
