@@ -160,6 +160,7 @@ def test_a_writer_that_dies(
     assert read(run, comm) == 10
     comm.barrier()  # every rank removes its own
     assert steps_there(run) == ["step-00000010"]
+    comm.barrier()
     save(writer, 30, comm)
     writer.close()
     assert read(run, comm) == 30
