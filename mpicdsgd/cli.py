@@ -208,6 +208,20 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    from mpicdsgd.exporting import export
+
+    done = export(Path(arguments.checkpoint), Path(arguments.out), arguments.agent)
+    for text in done["skipped"]:
+        print(f"mpicdsgd: not intact, passed over: {text}", file=sys.stderr)
+    whose = "the average of" if arguments.agent is None else f"agent {arguments.agent} of"
+    print(
+        f"{arguments.out}: {whose} {done['agents']} agents at step {done['step']}, "
+        f"{done['tensors']} tensors"
+    )
+    return 0
+
+
 def _info(arguments: argparse.Namespace) -> int:
     from mpi4py import MPI
 
@@ -308,6 +322,16 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("checkpoint", metavar="RUN_DIR|CHECKPOINT")
     inspect.add_argument("--json", action="store_true")
     inspect.set_defaults(run=_inspect)
+
+    export = commands.add_parser(
+        "export", help="a checkpoint's model as safetensors: the agents' average, or one agent's"
+    )
+    export.add_argument("checkpoint", metavar="RUN_DIR|CHECKPOINT")
+    export.add_argument("out", metavar="MODEL.safetensors")
+    which = export.add_mutually_exclusive_group()
+    which.add_argument("--average", action="store_true", help="of all agents (the default)")
+    which.add_argument("--agent", type=int, metavar="K")
+    export.set_defaults(run=_export)
 
     info = commands.add_parser(
         "info",

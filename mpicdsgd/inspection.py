@@ -49,6 +49,17 @@ def inspect(path: Path) -> dict[str, Any]:
     return result
 
 
+def find(path: Path) -> list[Place]:
+    """The checkpoints at ``path`` (see `inspect`) that have a manifest, newest first. Local.
+
+    Raises UserError if it cannot be read.
+    """
+    try:
+        return _find(path)[0]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}") from None
+
+
 def _find(path: Path) -> tuple[list[Place], list[Path]]:
     if path.is_file():
         return [place for place in disk.places_in(path.parent) if place.manifest == path], []

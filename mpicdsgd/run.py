@@ -261,7 +261,12 @@ class Run:
             "bytes_sent": self._bytes(),
             "last": self._last,
         }  # fmt: skip
-        shared = {**self._shared, "parameters_end": self.optimizer.arena.parameters_end}
+        shared = {
+            **self._shared,
+            "parameters_end": self.optimizer.arena.parameters_end,
+            "layout": state.layout(self.optimizer, self.model),
+            "passing": state.passing(self.model),
+        }
         snapshot = checkpoint.Snapshot(
             step=self.optimizer.steps,
             arrays=state.capture_arrays(self.optimizer, self.model),

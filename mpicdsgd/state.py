@@ -41,6 +41,35 @@ def capture_random() -> dict[str, Any]:
     }
 
 
+def layout(optimizer: AgentOptimizer, model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Where in the flat arrays each tensor of the model lies, as JSON. Local.
+
+    Its names (several, where it is tied), shape, strides and offset, in elements.
+    """
+    names: dict[int, list[str]] = {}
+    for kind in (model.named_parameters, model.named_buffers):
+        for name, tensor in kind(remove_duplicate=False):
+            names.setdefault(id(tensor), []).append(name)
+    arena = optimizer.arena
+    return [
+        {
+            "names": names[id(tensor)],
+            "shape": list(view.shape),
+            "strides": list(view.stride()),
+            "offset": int(offset),
+        }
+        for tensor, view, offset in zip(
+            arena.tensors, arena.views, arena.segments["offset"], strict=True
+        )
+    ]
+
+
+def passing(model: torch.nn.Module) -> list[str]:
+    """Buffers that ``state_dict`` leaves out (``persistent=False``), by name. Local."""
+    kept = model.state_dict()
+    return [name for name, _ in model.named_buffers() if name not in kept]
+
+
 def check(
     optimizer: AgentOptimizer, model: torch.nn.Module, arrays: dict[str, NDArray[Any]]
 ) -> None:

@@ -41,7 +41,7 @@ LAYERS: list[tuple[str, set[str]]] = [
                          "data.samples", "data.shuffle", "data.source", "data.feed", "models",
                          "evaluate"}),
     ("the run", {"config", "runfolder", "manifest", "rankfile", "inspection", "checkpoint", "state",
-                 "snapshot", "writerprocess", "background",
+                 "snapshot", "writerprocess", "background", "exporting",
                  "record", "comparison", "figures", "graphplot", "graphreport",
                  "graphsuggest", "graphtable", "plots", "progress", "measure",
                  "runconfig", "trace", "minibatch", "run", "job"}),
