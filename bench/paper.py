@@ -6,11 +6,12 @@
 
 Each run is `mpiexec -n N mpicdsgd train jobs/mnist.toml ...`, one after another. A run that is
 finished is not made again, and one that was interrupted goes on; settings given at the end change
-all runs, which then are other runs. OUT gets `paper.md`, `paper.json` and `paper_*.png`. A data
-set that is not there is left out, and the page says so. Exit code 1: a run failed.
+all runs, which then are other runs. OUT gets `paper.md`, `paper.json` and `paper_*.png`, of what
+--only names and of all other experiments that are finished. A data set that is not there is left
+out, and the page says so. Exit codes: 0 done, 1 a run failed, 2 a mistake in the arguments.
 
     full   the authors' CNN on whole data sets, for a GPU (--device cuda: all agents on cuda:0)
-    cpu    an MLP on 10,000 images, about an hour on 2 cores
+    cpu    an MLP on 10,000 images (--dry-run: how long on 2 cores); --only cnn: the authors' CNN
     quick  two tiny runs
 
 In each --data DIR: mnist/, cifar-10-batches-bin/, cifar-100-binary/, in their original formats.
@@ -29,34 +30,51 @@ import paper_figures
 import paper_page
 import paper_start
 from paper_curves import curves, summary
-from paper_page import Part
+from paper_part import Part
 from paper_runs import DATA_TITLES, SCALES, TITLES, Setup, setups
 
 from mpicdsgd.errors import UserError
 from mpicdsgd.specs import graph_from_spec, mixing_from_spec
 
 Place = tuple[str, str, str]  # data set, experiment, label
+_WHERE = "Name folders that have mnist/, cifar-10-batches-bin/, ... by --data or MPICDSGD_DATA"
 
 
-def planned(args: argparse.Namespace) -> tuple[list[paper_start.Source], list[str], list[Place]]:
-    """The data sets that are there, those that are not, and all setups of the scale."""
+def planned(
+    args: argparse.Namespace,
+) -> tuple[list[paper_start.Source], list[str], list[Place], list[Place]]:
+    """The data sets that are there, those wanted that are not, and setups: wanted and all others.
+
+    Raises:
+        UserError: `--only` names what there is not, or nothing that is wanted is there.
+    """
     scale = SCALES[args.scale]
-    known = {f"{data}/{e}" for data, (_, es) in scale.data.items() for e in es}
-    wanted = set(args.only.split(",")) if args.only else known | set(TITLES)
-    if strange := wanted - known - {k.partition("/")[2] for k in known} - set(TITLES):
-        sys.exit(f"--only {','.join(sorted(strange))}: known are {', '.join(sorted(known))}")
-    there, missing, places = [], [], []
-    for data, (_, experiments) in scale.data.items():
-        chosen = [e for e in experiments if {e, f"{data}/{e}"} & wanted]
-        if not chosen:
-            continue
+    usual = {data: experiments for data, (_, experiments) in scale.data.items()}
+    known = {data: (*usual[data], *scale.asked.get(data, ())) for data in usual}
+    names = {f"{data}/{e}" for data in known for e in known[data]}
+    wanted = set(args.only.split(",")) if args.only else set()
+    if strange := wanted - names - {name.partition("/")[2] for name in names}:
+        raise UserError(f"--only {','.join(sorted(strange))}: known with --scale {args.scale} are "
+                        f"{', '.join(sorted(names))}, or without the data set")  # fmt: skip
+    there, missing, chosen, others = [], [], [], []
+    for data, experiments in known.items():
+        mine = [e for e in experiments if {e, f"{data}/{e}"} & wanted or
+                (not args.only and e in usual[data])]  # fmt: skip
         source = paper_start.find(data, args.data)
         if source is None:
-            missing.append(data)
+            missing += [data] if mine else []
             continue
         there.append(source)
-        places += [(data, e, s.label) for e in chosen for s in setups(e, args.scale)]
-    return there, missing, places
+        for e in experiments:
+            (chosen if e in mine else others).extend(
+                (data, e, s.label) for s in setups(e, args.scale)
+            )
+    if not chosen:
+        raise UserError(
+            f"{' and '.join(DATA_TITLES[name] for name in missing)}: not in "
+            f"{' or '.join(map(str, args.data))}. {_WHERE}"
+        )
+    return there, missing, chosen, others
 
 
 def runs_of(
@@ -76,6 +94,16 @@ def runs_of(
     }  # fmt: skip
 
 
+def finished_ones(
+    runs: dict[Place, dict[int, paper_start.Run]],
+) -> dict[Place, dict[int, paper_start.Run]]:
+    """Those of experiments of which every setup has a finished seed."""
+    begun = {(data, e): True for data, e, _ in runs}
+    for (data, e, _), by_seed in runs.items():
+        begun[data, e] &= any(paper_start.metrics(run) for run in by_seed.values())
+    return {place: by_seed for place, by_seed in runs.items() if begun[place[:2]]}
+
+
 def _setup(args: argparse.Namespace, experiment: str, label: str) -> Setup:
     return next(s for s in setups(experiment, args.scale) if s.label == label)
 
@@ -92,7 +120,7 @@ def work(
     todo = [(run, name) for run, name in unique.values() if not paper_start.metrics(run)]
     left_s = sum(run.estimate_s for run, _ in todo)
     print(f"{len(unique)} runs, {len(unique) - len(todo)} done, {len(todo)} left: about "
-          f"{left_s / 60:.0f} minutes{_rough(args)}", flush=True)  # fmt: skip
+          f"{left_s / 60:.0f} min{_rough(args)}", flush=True)  # fmt: skip
     if args.dry_run:
         for run, name in todo:
             print(f"  {run.estimate_s:5.0f} s  {run.ranks:2} ranks  {name}  ({run.folder.name})")
@@ -193,6 +221,29 @@ def _lambda_2(settings: common.Record, agents: int) -> float:
     return round(float(found.spectrum.lambda_2), 6) if agents > 1 else 0.0
 
 
+def everything(args: argparse.Namespace) -> int:
+    """All that is asked for. Returns the exit code."""
+    sources, missing, chosen, others = planned(args)
+    for name in missing:
+        print(f"{DATA_TITLES[name]} is not there and left out. {_WHERE}")
+    runs = runs_of(args, sources, chosen)
+    failed = [] if args.page_only else work(args, runs)
+    if args.dry_run:
+        return 0
+    if not args.overrides:
+        runs |= finished_ones(runs_of(args, sources, others))
+    used = [source for source in sources if any(data == source.name for data, _, _ in runs)]
+    order = {e: k for k, e in enumerate(TITLES)}
+    runs = dict(sorted(runs.items(), key=lambda item: order[item[0][1]]))
+    return int(write_all(args, used, missing, runs) > 0 or bool(failed))
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number >= 1")
+    return int(text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -203,7 +254,7 @@ def main() -> int:
     parser.add_argument("--quick", dest="scale", action="store_const", const="quick")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", default="", help=f"of {', '.join(TITLES)}, or DATA/NAME")
-    parser.add_argument("--seeds", type=int, default=None, help="default: the scale's")
+    parser.add_argument("--seeds", type=_at_least_one, default=None, help="default: the scale's")
     parser.add_argument("--data", type=Path, nargs="+", default=[given],
                         help="default: MPICDSGD_DATA, or data/")  # fmt: skip
     parser.add_argument("--runs", type=Path, default=Path("runs/paper"), help="default: runs/paper")
@@ -214,17 +265,15 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     args.seeds = args.seeds or SCALES[args.scale].seeds
     try:
-        sources, missing, places = planned(args)
-        for name in missing:
-            print(f"{DATA_TITLES[name]} is not there and left out")
-        runs = runs_of(args, sources, places)
-        failed = [] if args.page_only else work(args, runs)
-        if args.dry_run:
-            return 0
-        return int(write_all(args, sources, missing, runs) > 0 or bool(failed))
+        code = everything(args)
+        sys.stdout.flush()  # a reader that has gone away is found here, and not at the exit
+        return code
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         return 1

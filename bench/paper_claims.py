@@ -1,207 +1,155 @@
-"""The claims of the paper's section 5, each with the rule by which it is decided here.
-
-A decision compares the seeds that both setups have, pair by pair. *Sure* is a mean difference
-outside half the 95% confidence interval over seeds and larger than `POINTS`. *Early* is the mean
-over the first third of the epochs, *late* the mean of the last three evaluations. Accuracies are
-means over agents, on the test set unless said otherwise.
-"""
+"""The claims of the paper's section 5 and Table 1, each with its rule."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import partial
 
-import numpy as np
-from paper_curves import Curves, Difference, difference
+from paper_curves import Curves, diverged
+from paper_rules import (
+    EQUAL,
+    POINTS,
+    Decision,
+    Verdict,
+    ahead_early,
+    equal_late,
+    farther_apart,
+    last_is_faster,
+    less_stable,
+    not_below_late,
+    paired,
+    slows,
+    smaller_gap,
+    smaller_gap_at_equal_training,
+    wider_spread,
+)
 
-POINTS = 0.2  # a smaller difference of accuracies is none
-EQUAL = 1.0  # points within which two accuracies are called equal
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a claim was seen (None: not testable here), and the numbers that decided."""
-
-    seen: bool | None
-    numbers: str
-
-
-Decision = Callable[[list[Curves]], Verdict]
-
-
-def paired(found: list[Curves]) -> list[Curves] | None:
-    """The same with the seeds that all have; None for fewer than two."""
-    shared = sorted(set.intersection(*(set(one.seeds) for one in found)))
-    return [one.of(shared) for one in found] if len(shared) > 1 else None
-
-
-def ahead_early(found: list[Curves]) -> Verdict:
-    """First before second, early."""
-    first, second = found
-    d = difference(first.early("test"), second.early("test"))
-    return Verdict(d.above(POINTS), f"early {_pm(d)}")
-
-
-def equal_late(found: list[Curves]) -> Verdict:
-    """First and second at the end."""
-    first, second = found
-    d = difference(first.late("test"), second.late("test"))
-    return Verdict(abs(d.mean) <= EQUAL, f"late {_pm(d)}{_ends(found)}")
-
-
-def smaller_gap(found: list[Curves]) -> Verdict:
-    """Training minus test accuracy at the end: the first's larger than the second's."""
-    first, second = found
-    d = difference(first.late("gap"), second.late("gap"))
-    gaps = " and ".join(f"{one.late('gap').mean():.2f}" for one in found)
-    return Verdict(d.above(POINTS), f"gaps {gaps}, difference {_pm(d)}")
-
-
-def smaller_gap_at_equal_training(found: list[Curves]) -> Verdict:
-    """The same where the two have the same training accuracy: the highest that both reach."""
-    first, second = found
-    at_S = np.minimum(first.values["train"].max(axis=1), second.values["train"].max(axis=1))
-    gaps_S = [np.array([_gap_at(one, row, level) for row, level in enumerate(at_S)])
-              for one in found]  # fmt: skip
-    d = difference(*gaps_S)
-    gaps = " and ".join(f"{gap_S.mean():.2f}" for gap_S in gaps_S)
-    return Verdict(
-        d.above(POINTS),
-        f"at training accuracy {at_S.mean():.2f}: gaps {gaps}, difference {_pm(d)}",
-    )
-
-
-def _gap_at(one: Curves, row: int, level: float) -> float:
-    """The gap where the training accuracy first is ``level``, between evaluations linear."""
-    train_E, gap_E = one.values["train"][row], one.values["gap"][row]
-    after = int(np.argmax(train_E >= level - 1e-9))
-    if after == 0:
-        return float(gap_E[0])
-    low, high = train_E[after - 1], train_E[after]
-    share = (level - low) / (high - low)
-    return float(gap_E[after - 1] + share * (gap_E[after] - gap_E[after - 1]))
-
-
-def not_below_late(found: list[Curves]) -> Verdict:
-    """First at least as good as second at the end."""
-    first, second = found
-    d = difference(first.late("test"), second.late("test"))
-    sure = "surely above" if d.above(POINTS) else "surely below" if _below(d) else "no difference"
-    return Verdict(d.mean >= -POINTS, f"late {_pm(d)} ({sure}){_ends(found)}")
-
-
-def slows(found: list[Curves]) -> Verdict:
-    """Early training accuracy falls from each to the next, and surely from first to last."""
-    early = [float(one.early("train").mean()) for one in found]
-    d = difference(found[0].early("train"), found[-1].early("train"))
-    falls = all(a >= b for a, b in pairwise(early))
-    values = ", ".join(f"{v:.2f}" for v in early)
-    return Verdict(falls and d.above(POINTS), f"early, training: {values}; first - last {_pm(d)}")
-
-
-def faster_when_sparse(found: list[Curves]) -> Verdict:
-    """The last (sparsest) before the first (densest), early, in the agents' mean."""
-    d = difference(found[-1].early("test"), found[0].early("test"))
-    values = ", ".join(f"{one.early('test').mean():.2f}" for one in found)
-    return Verdict(d.above(POINTS), f"early {values}; sparsest - densest {_pm(d)}")
-
-
-def less_consensus(found: list[Curves]) -> Verdict:
-    """The deviation of the accuracy over agents: the sparsest's larger, over the whole run."""
-    d = difference(found[-1].whole("std"), found[0].whole("std"))
-    values = ", ".join(f"{one.whole('std').mean():.2f}" for one in found)
-    apart = ", ".join(f"{one.late('consensus').mean():.2g}" for one in found)
-    return Verdict(
-        d.above(0),
-        f"deviation over agents {values}; sparsest - densest {_pm(d)}; consensus distance {apart}",
-    )
-
-
-def _pm(d: Difference) -> str:
-    return f"{d.mean:+.2f} ± {d.half:.2f}"
-
-
-def _ends(found: list[Curves]) -> str:
-    means = [f"{one.late('test').mean():.2f}" for one in found]
-    return f" ({' and '.join(means)})"
-
-
-def _below(d: Difference) -> bool:
-    return d.mean < -max(POINTS, d.half)
+Place = tuple[str, str]  # experiment, label
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence of section 5.
+    """A sentence of the paper.
 
     Args:
         setups: (experiment, label) of what is compared, in the decision's order.
-        where: what is different from the paper's settings, if anything.
+        where: under which settings.
     """
 
     text: str
     rule: str
     decide: Decision
-    setups: tuple[tuple[str, str], ...]
+    setups: tuple[Place, ...]
     where: str = field(default="step size 0.01 for all")
 
 
-_SGD = (("1a", "SGD, one machine"), ("1a", "CDSGD"))
-_EVEN = (("1a", "SGD, Allreduce"), ("1a", "CDSGD"))
-_TUNED = (("algorithms", "SGD, Allreduce"), ("algorithms", "CDSGD"))
-_FEDAVG = (("1b", "CDMSGD"), ("1b", "FedAvg"))
-_SUITED = (("algorithms", "CDMSGD"), ("algorithms", "FedAvg"))
-_AGENTS = tuple(("2a", f"N = {n}") for n in (2, 8, 16))
-_GRAPHS = tuple(("2b", name) for name in ("complete", "hypercube", "ring", "chain"))
-_SLOWER_RULE = f"SGD - CDSGD early: sure, above {POINTS} points"
-_EQUAL_RULE = f"SGD - CDSGD late: within {EQUAL:g} point"
-_GAP_RULE = f"gap of SGD - gap of CDSGD late: sure, above {POINTS} points"
-_BEST_RULE = f"CDMSGD - FedAvg late: not below -{POINTS} points"
-_BEFORE_RULE = f"FedAvg - CDMSGD early: sure, above {POINTS} points"
-ONE, ALL, RATES = "0.01, SGD on one machine", "0.01, SGD by Allreduce", "each at its own rate"
+def decide(claim: Claim, found: Mapping[Place, Curves | None], guess: float) -> Verdict:
+    """The verdict, from the curves of a data set.
 
-CLAIMS = (
-    Claim("CDSGD is slower than SGD", _SLOWER_RULE, ahead_early, _SGD, ONE),
-    Claim("CDSGD is slower than SGD", _SLOWER_RULE, ahead_early, _EVEN, ALL),
-    Claim("CDSGD is slower than SGD", _SLOWER_RULE, ahead_early, _TUNED, RATES),
-    Claim("CDSGD is equal to SGD late", _EQUAL_RULE, equal_late, _SGD, ONE),
-    Claim("CDSGD is equal to SGD late", _EQUAL_RULE, equal_late, _EVEN, ALL),
-    Claim("CDSGD is equal to SGD late", _EQUAL_RULE, equal_late, _TUNED, RATES),
-    Claim("CDSGD's generalisation gap is smaller", _GAP_RULE, smaller_gap, _SGD, ONE),
-    Claim("CDSGD's generalisation gap is smaller", _GAP_RULE, smaller_gap, _EVEN, ALL),
-    Claim("CDSGD's generalisation gap is smaller", _GAP_RULE, smaller_gap, _TUNED, RATES),
-    Claim("... also at equal training accuracy (not in the paper)",
-          "the same at the highest training accuracy that both reach",
-          smaller_gap_at_equal_training, _SGD, ONE),
-    Claim("CDMSGD is at least as good as FedAvg late", _BEST_RULE, not_below_late, _FEDAVG),
-    Claim("CDMSGD is at least as good as FedAvg late", _BEST_RULE, not_below_late, _SUITED, RATES),
-    Claim("CDMSGD reaches SGD's level", f"CDMSGD - SGD late: not below -{POINTS} points",
-          not_below_late, (("1b", "CDMSGD"), ("1b", "SGD, one machine")), ONE),
-    Claim("FedAvg is slightly faster than CDMSGD before", _BEFORE_RULE, ahead_early,
-          _FEDAVG[::-1]),
-    Claim("FedAvg is slightly faster than CDMSGD before", _BEFORE_RULE, ahead_early,
-          _SUITED[::-1], RATES),
-    Claim("More agents slow the convergence",
-          f"early training accuracy falls with N = 2, 8, 16; first - last sure, above {POINTS}",
-          slows, _AGENTS),
-    Claim("More agents reach a similar accuracy", f"N=2 - N=16 late: within {EQUAL:g} point",
-          equal_late, (_AGENTS[0], _AGENTS[-1])),
-    Claim("A sparser topology is faster on average",
-          f"chain - complete early: sure, above {POINTS} points", faster_when_sparse, _GRAPHS),
-    Claim("A sparser topology has less consensus",
-          "accuracy's deviation over agents, mean of the run: chain - complete sure, above 0",
-          less_consensus, _GRAPHS),
-)  # fmt: skip
-
-
-def decide(claim: Claim, found: Mapping[tuple[str, str], Curves | None]) -> Verdict:
-    """The verdict, from the curves of a data set by (experiment, label)."""
-    given = [found.get(place) for place in claim.setups]
-    if absent := [f"{label} ({e})" for (e, label), one in zip(claim.setups, given, strict=True)
-                  if one is None]:  # fmt: skip
-        return Verdict(None, f"no runs of {', '.join(absent)}")
-    both = paired([one for one in given if one is not None])
+    Args:
+        guess: the loss of guessing there, by which a setup is seen to have diverged.
+    """
+    given = [(label, experiment, found.get((experiment, label)))
+             for experiment, label in claim.setups]  # fmt: skip
+    if absent := [f"{label} ({experiment})" for label, experiment, one in given if one is None]:
+        return Verdict(None, f"no finished runs of {', '.join(absent)}")
+    if lost := [label for label, _, one in given if one is not None and diverged(one, guess)]:
+        return Verdict(None, f"{' and '.join(lost)} diverged, and what is beside it says nothing")
+    both = paired([one for _, _, one in given if one is not None])
     if both is None:
         return Verdict(None, "needs two seeds or more")
     return claim.decide(both)
+
+
+def _rows(
+    text: str, rule: str, decision: Decision, *places: tuple[str, Place, Place]
+) -> list[Claim]:
+    """The same claim in several circumstances."""
+    return [Claim(text, rule, decision, (a, b), where) for where, a, b in places]
+
+
+def _on_both(text: str, rule: str, decision: partial[Verdict], setups: tuple[Place, ...],
+             where: str = "step size 0.01 for all") -> list[Claim]:  # fmt: skip
+    """The same claim on test and on training accuracy."""
+    words = {"test": "test accuracy", "train": "training accuracy, on own shares"}
+    return [Claim(f"{text}: {name}", rule, partial(decision, on=on), setups, where)
+            for on, name in words.items()]  # fmt: skip
+
+
+ONE, ALL, RATES = "0.01, SGD on one machine", "0.01, SGD by Allreduce", "each at its own rate"
+RATES_ONE, SAME = "each at its own rate, SGD on one machine", "step size 0.01 for all"
+CNN = "0.01, the authors' CNN"
+_SGD_ONE, _SGD_ALL, _CDSGD = (
+    ("1a", label) for label in ("SGD, one machine", "SGD, Allreduce", "CDSGD")
+)
+_CDMSGD, _FEDAVG, _MSGD_ONE = (("1b", label) for label in ("CDMSGD", "FedAvg", "MSGD, one machine"))
+
+
+def _own(label: str) -> Place:
+    return "algorithms", label
+
+
+_SGD = ((ONE, _SGD_ONE, _CDSGD), (ALL, _SGD_ALL, _CDSGD),
+        (RATES, _own("SGD, Allreduce"), _own("CDSGD")))  # fmt: skip
+_BEST = ((SAME, _CDMSGD, _FEDAVG), (RATES, _own("CDMSGD"), _own("FedAvg")))
+_AGENTS = tuple(("2a", f"N = {n}") for n in (2, 8, 16))
+_GRAPHS = tuple(("2b", name) for name in ("complete", "hypercube", "ring", "chain"))
+_CLIENTS = tuple(("fraction", f"C = {c}, 0.01") for c in ("1.0", "0.6", "0.2"))
+_CLIENTS_SUITED = tuple(("fraction", f"C = {c}, own rate") for c in ("1.0", "0.6", "0.2"))
+_FASTER = f"the other - CDSGD early: sure, above {POINTS} points"
+_LEVEL = f"CDMSGD - the other late: not below -{POINTS} points"
+_LAST = f"last - first early: sure, above {POINTS} points"
+
+CLAIMS = (
+    *_rows("CDSGD is slower than SGD", f"SGD - CDSGD early: sure, above {POINTS} points",
+           ahead_early, *_SGD),
+    *_rows("CDSGD is equal to SGD late", f"SGD - CDSGD late: within {EQUAL:g} point",
+           equal_late, *_SGD),
+    *_rows("CDSGD's generalisation gap is smaller",
+           f"gap of SGD - gap of CDSGD late: sure, above {POINTS} points", smaller_gap, *_SGD),
+    Claim("... also at equal training accuracy (not in the paper)",
+          "the same at the highest training accuracy that both reach",
+          smaller_gap_at_equal_training, (_SGD_ONE, _CDSGD), ONE),
+    *_rows("CDSGD is slow beside FedAvg", _FASTER, ahead_early, (SAME, _FEDAVG, ("1b", "CDSGD")),
+           (RATES, _own("FedAvg"), _own("CDSGD"))),
+    *_rows("CDSGD is slow beside CDMSGD", _FASTER, ahead_early, (SAME, _CDMSGD, ("1b", "CDSGD")),
+           (RATES, _own("CDMSGD"), _own("CDSGD")), (CNN, ("cnn", "CDMSGD"), ("cnn", "CDSGD"))),
+    *_rows("FedAvg is slightly faster than CDMSGD before",
+           f"FedAvg - CDMSGD early: sure, above {POINTS} points", ahead_early,
+           *((where, b, a) for where, a, b in _BEST)),
+    *_rows("CDMSGD is at least as good as FedAvg late",
+           f"CDMSGD - FedAvg late: not below -{POINTS} points", not_below_late, *_BEST),
+    *_rows("CDMSGD reaches SGD's level", _LEVEL, not_below_late, (ONE, _CDMSGD, _SGD_ONE),
+           (RATES, _own("CDMSGD"), _own("SGD, Allreduce")),
+           (RATES_ONE, _own("CDMSGD"), _own("SGD, one machine"))),
+    *_rows("CDMSGD reaches MSGD's level (SGD with its momentum)", _LEVEL, not_below_late,
+           ("0.01, MSGD on one machine", _CDMSGD, _MSGD_ONE),
+           ("0.01, MSGD by Allreduce", _CDMSGD, ("1b", "MSGD, Allreduce"))),
+    *_on_both("More agents slow the convergence",
+              f"early accuracy falls with N = 2, 8, 16; first - last sure, above {POINTS}",
+              partial(slows), _AGENTS),
+    Claim("More agents reach a similar accuracy", f"N=2 - N=16 late: within {EQUAL:g} point",
+          equal_late, (_AGENTS[0], _AGENTS[-1])),
+    *_on_both("A sparser topology is faster on average (complete to chain)", _LAST,
+              partial(last_is_faster), _GRAPHS),
+    *_on_both("A smaller C of FedAvg is faster, too (C = 1, 0.6, 0.2)", _LAST,
+              partial(last_is_faster), _CLIENTS),
+    *_on_both("A smaller C of FedAvg is faster, too (C = 1, 0.6, 0.2)", _LAST,
+              partial(last_is_faster), _CLIENTS_SUITED, RATES),
+    Claim("A sparser topology has less consensus: spread of accuracies",
+          "accuracy's deviation over agents, mean of the run: chain - complete sure, above 0",
+          wider_spread, _GRAPHS),
+    Claim("A sparser topology has less consensus: consensus distance",
+          "mean of the run: chain - complete sure, above 0", farther_apart, _GRAPHS),
+    Claim("Consensus is more stable on denser topologies",
+          "mean change of the deviation over agents from epoch to epoch, second half of the run: "
+          "chain - complete sure, above 0", less_stable, _GRAPHS),
+    Claim("CDSGD works with diminishing steps as with fixed ones (Table 1)",
+          f"diminishing - fixed late: not below -{POINTS} points", not_below_late,
+          (("steps", "CDSGD, 1/(k+1)^0.6"), ("steps", "CDSGD, 0.1")),
+          "1/(k+1)^0.6 and 0.1"),
+    Claim("i-CDSGD's agents are closer together than CDSGD's (not in the paper)",
+          "consensus distance, mean of the run: CDSGD - i-CDSGD sure, above 0", farther_apart,
+          (_own("i-CDSGD, ring"), _own("CDSGD, ring")), RATES),
+)  # fmt: skip

@@ -103,6 +103,11 @@ def _at(line: dict[str, Any], place: tuple[str, ...]) -> float:
     return float("nan") if value is None else float(value)
 
 
+def diverged(found: Curves, guess: float) -> bool:
+    """Whether the training loss of any seed ends above ``guess``, that of guessing, or as NaN."""
+    return not bool((found.late("train_loss") <= guess).all())
+
+
 def difference(a_S: Array, b_S: Array) -> Difference:
     """Of a minus b, seed by seed; needs two seeds."""
     pairs = a_S - b_S

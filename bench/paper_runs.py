@@ -19,7 +19,8 @@ SAME = "agents.topology=complete agents.mixing=uniform"
 ALPHA = "optim.lr=0.01"
 CDSGD = f"optim.name=cdsgd {ALPHA} {SAME}"
 CDMSGD = f"optim.name=cdmsgd {ALPHA} optim.momentum=0.95"
-FEDAVG = f"optim.name=fedavg optim.local_epochs=1 optim.fraction=1.0 {SAME}"
+_FEDAVG = f"optim.name=fedavg optim.local_epochs=1 {SAME}"
+FEDAVG = f"{_FEDAVG} optim.fraction=1.0"
 TITLES = {
     "1a": "Fig. 1(a): CDSGD against SGD",
     "1b": "Fig. 1(b): CDMSGD against FedAvg and SGD",
@@ -27,7 +28,9 @@ TITLES = {
     "2b": "Fig. 2(b): topology",
     "steps": "Fixed and diminishing step sizes",
     "partition": "Data that are not IID",
+    "fraction": "FedAvg with fewer clients: C = 1, 0.6, 0.2",
     "algorithms": "All algorithms, each at a rate that suits it",
+    "cnn": "The authors' CNN",
 }
 DATA_TITLES = {
     "mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "digits": "digits",
@@ -42,11 +45,13 @@ class Setup:
         label: its name there; the same settings may have another one elsewhere.
         agents: ranks, without a server's.
         settings: as on the command line, without data, seed and run folder.
+        cost: of an epoch, as a multiple of the scale's.
     """
 
     label: str
     agents: int
     settings: str
+    cost: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class Scale:
         common: settings of all runs.
         data: by data set, its settings and experiments.
         seeds: how many.
+        asked: by data set, experiments that are run only where `--only` names them.
         rate: factor on the rates of *algorithms* without momentum.
         epoch_s: by data set, seconds of an epoch on the CPU: of all agents' gradients, and more
             for each agent. Rough, for `--dry-run`.
@@ -66,14 +72,17 @@ class Scale:
     common: str
     data: dict[str, tuple[str, tuple[str, ...]]]
     seeds: int
+    asked: dict[str, tuple[str, ...]] = field(default_factory=dict)
     rate: float = 1.0
     epoch_s: dict[str, tuple[float, float]] = field(default_factory=dict)
     start_s: tuple[float, float] = (2.0, 2.1)
 
 
-_ALL = ("1a", "1b", "2a", "2b", "steps", "partition", "algorithms")
-_SMALL_CIFAR = ("run.epochs=15", ("1a", "1b"))
+_ALL = ("1a", "1b", "2a", "2b", "steps", "partition", "fraction", "algorithms")
+_SMALL_CIFAR = ("run.epochs=15", ("1a", "1b", "2a", "2b"))
 _MLP = "model.name=mlp model.args.hidden=[128]"
+_CNN = "model.name=cnn model.args={} run.epochs=8 run.checkpoint_every='1 epoch'"
+CNN_COST = 40.0  # a tenth of a second of two cores for each step of five agents
 SCALES = {
     # The authors' model, batch and epochs, on whole data sets: hours, on a GPU.
     "full": Scale(
@@ -89,6 +98,7 @@ SCALES = {
         "run.checkpoint_every='10 epochs'",
         {"mnist": ("", _ALL), "cifar10": _SMALL_CIFAR, "cifar100": _SMALL_CIFAR},
         seeds=3,
+        asked={"mnist": ("cnn",)},
         epoch_s={"mnist": (0.38, 0.033), "cifar10": (1.4, 0.1), "cifar100": (1.4, 0.1)},
     ),
     "quick": Scale(
@@ -140,7 +150,16 @@ def setups(experiment: str, scale_name: str) -> list[Setup]:
               for a in ("10", "1", "0.1")),
             Setup("by class", 5, f"{CDMSGD} {SAME} data.partition=by-class"),
         ],
+        "fraction": [
+            Setup(f"C = {c}, {name}", 5, f"{_FEDAVG} optim.fraction={c} {lr}")
+            for name, lr in (("0.01", ALPHA), ("own rate", f"optim.lr={_rounded(0.2 * rate)}"))
+            for c in ("1.0", "0.6", "0.2")
+        ],
         "algorithms": _algorithms(rate),
+        "cnn": [
+            Setup("CDSGD", 5, f"{CDSGD} {_CNN}", CNN_COST),
+            Setup("CDMSGD", 5, f"{CDMSGD} {SAME} {_CNN}", CNN_COST),
+        ],
     }  # fmt: skip
     return made[experiment]
 
@@ -153,18 +172,26 @@ def _one_a() -> list[Setup]:
     ]
 
 
+def _rounded(rate: float) -> str:
+    return f"{round(rate, 6):g}"
+
+
 def _algorithms(rate: float) -> list[Setup]:
     def plain(name: str, lr: float, more: str = "") -> str:
-        return f"optim.name={name} optim.lr={round(lr * rate, 6):g} {SAME} {more}".rstrip()
+        return f"optim.name={name} optim.lr={_rounded(lr * rate)} {SAME} {more}".rstrip()
 
     def heavy(name: str) -> str:
         return f"optim.name={name} {ALPHA} optim.momentum=0.95 {SAME}"
 
+    ring = plain("cdsgd", 0.2).replace("complete", "ring")
     return [
+        Setup("SGD, one machine", 1, plain("sgd", 0.2)),
         Setup("SGD, Allreduce", 5, plain("sgd", 0.2)),
         Setup("MSGD, Allreduce", 5, heavy("msgd")),
         Setup("CDSGD", 5, plain("cdsgd", 0.2)),
-        Setup("i-CDSGD", 5, plain("icdsgd", 0.2, "optim.rounds=2")),
+        # On the complete graph all rounds but one change nothing.
+        Setup("CDSGD, ring", 5, ring),
+        Setup("i-CDSGD, ring", 5, ring.replace("cdsgd", "icdsgd") + " optim.rounds=2"),
         Setup("CDMSGD", 5, heavy("cdmsgd")),
         Setup("FedAvg", 5, plain("fedavg", 0.2, "optim.local_epochs=1 optim.fraction=1.0")),
         Setup("EASGD", 5, plain("easgd", 0.3, "optim.period=4")),

@@ -24,9 +24,10 @@ import common
 from paper_runs import SCALES, Setup
 
 from mpicdsgd import record
-from mpicdsgd.algorithms.choose import needs_server
+from mpicdsgd.algorithms.settings import needs_server
 from mpicdsgd.errors import UserError
-from mpicdsgd.runconfig import as_json, load_config
+from mpicdsgd.runconfig import as_json, check, load_config
+from mpicdsgd.specs import graph_from_spec, mixing_from_spec
 
 CONFIG = common.HERE.parent / "jobs" / "mnist.toml"
 # Not part of what a run is: where it lies and how much of it is kept.
@@ -72,7 +73,7 @@ def make(
     """The run of a setup and a seed. ``more``: the user's overrides, which come last.
 
     Raises:
-        UserError: the settings are no config.
+        UserError: no run could have these settings.
     """
     scale = SCALES[scale_name]
     overrides = (
@@ -89,6 +90,8 @@ def make(
         *more,
     )
     config = load_config(CONFIG, overrides)
+    check(config)
+    mixing_from_spec(config.agents.mixing, graph_from_spec(config.agents.topology, setup.agents))
     settings = as_json(dataclasses.asdict(config))
     for key in _PLACE:
         del settings["run"][key]
@@ -98,7 +101,7 @@ def make(
     settings["ranks"] = ranks
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
     name = f"{source.name}-{config.optim.name.replace(':', '-')}-{setup.agents}-s{seed}-{digest}"
-    per_epoch = sum(
+    per_epoch = setup.cost * sum(
         s * n for s, n in zip(scale.epoch_s[source.name], (1, setup.agents), strict=True)
     )
     start_s = scale.start_s[0] + scale.start_s[1] * ranks

@@ -128,8 +128,14 @@ class Agents:
             for text in sorted({text for text in fallbacks if text}):
                 ranks = [rank for rank, other in enumerate(fallbacks) if other == text]
                 log.warning("%s (ranks %s)", text, ", ".join(map(str, ranks)))
-            for remark in (*self.graph.remarks, *mixing.remarks):
-                log.warning("%s", remark)
+        self._remarked: set[str] = set()
+
+    def remark(self, texts: Iterable[str]) -> None:
+        """Warn, once, of what is to be known of graph and matrix by who uses them. Local."""
+        for text in texts:
+            if self.rank == 0 and text not in self._remarked:
+                log.warning("%s", text)
+            self._remarked.add(text)
 
     def agreement(self, name: str) -> AbstractContextManager[None]:
         """A block whose `UserError` on any rank is raised on every rank. Collective at its end."""

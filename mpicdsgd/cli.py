@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mpicdsgd import __version__, launch
 from mpicdsgd.errors import UserError
@@ -92,6 +92,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     from mpicdsgd import shutdown
     from mpicdsgd.agreement import agreement
+    from mpicdsgd.algorithms.settings import needs_server, uses_graph
     from mpicdsgd.job import train
     from mpicdsgd.runconfig import load_config
 
@@ -109,15 +110,26 @@ def _train(arguments: argparse.Namespace) -> int:
         config = load_config(Path(arguments.config), arguments.overrides)
     code, last = train(config, comm)
     if comm.rank == 0 and last is not None:
-        test, distance = last["test_accuracy"], last["consensus"]["max"]
-        print(
-            f"{len(test['agents'])} agents on {config.agents.topology}: mean test accuracy "
-            f"{test['mean']:.4f} (lowest {min(test['agents']):.4f}, highest "
-            f"{max(test['agents']):.4f}), averaged model "
-            f"{last['averaged_model']['test_accuracy']:.4f}, consensus distance {distance:.2e}, "
-            f"{last['time_s']:.0f} s; everything is in {config.run.dir}"
-        )
+        where = f" on {config.agents.topology}" if uses_graph(config.optim) else ""
+        where += " and a server" if needs_server(config.optim) else ""
+        print(f"{_result(last, where)}; everything is in {config.run.dir}")
     return code
+
+
+def _result(last: dict[str, Any], where: str) -> str:
+    """The last line of a run's metrics in a sentence; ``where``: on what the agents were."""
+    from mpicdsgd.graph import agents_in_words
+
+    test, distance = last["test_accuracy"], last["consensus"]["max"]
+    models = f"averaged model {last['averaged_model']['test_accuracy']:.4f}"
+    if "centre" in last:
+        models += f", centre {last['centre']['test_accuracy']:.4f}"
+    return (
+        f"{agents_in_words(len(test['agents']))}{where}: mean test accuracy "
+        f"{test['mean']:.4f} (lowest {min(test['agents']):.4f}, highest "
+        f"{max(test['agents']):.4f}), {models}, consensus distance {distance:.2e}, "
+        f"{last['time_s']:.0f} s"
+    )
 
 
 def _graph(arguments: argparse.Namespace) -> int:
@@ -168,7 +180,9 @@ def _plot(arguments: argparse.Namespace) -> int:
     from mpicdsgd.plots import plot_runs
 
     runs = [Path(run) for run in arguments.runs]
-    out = Path(arguments.out) if arguments.out else runs[0] / "metrics.png"
+    # A figure of several runs belongs into no one's folder.
+    default = (runs[0] if len(runs) == 1 else Path()) / "metrics.png"
+    out = Path(arguments.out) if arguments.out else default
     plot_runs(runs, out)
     print(f"plot: {out}")
     return 0
@@ -183,6 +197,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    from mpicdsgd.graph import agents_in_words
     from mpicdsgd.inspection import inspect
 
     found = inspect(Path(arguments.checkpoint))
@@ -194,7 +209,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         size = "?" if one["size_bytes"] is None else f"{one['size_bytes'] / 1e6:.1f} MB"
         print(
             f"{one['folder']}: step {one['step']}, generation {one['generation']}, "
-            f"{one['agents']} agents, {size}, {state}"
+            f"{agents_in_words(one['agents'])}, {size}, {state}"
         )
         if one["consensus"]:
             print(
@@ -308,7 +323,11 @@ def _parser() -> argparse.ArgumentParser:
 
     plot = commands.add_parser("plot", help="accuracy, loss and consensus distance of runs")
     plot.add_argument("runs", nargs="+", metavar="RUN_DIR")
-    plot.add_argument("--out", metavar="FILE", help="default: metrics.png in the first run")
+    plot.add_argument(
+        "--out",
+        metavar="FILE",
+        help="default: metrics.png, of one run in its folder, of several in this one",
+    )
     plot.set_defaults(run=_plot)
 
     compare = commands.add_parser("compare", help="what runs reached and what it took, in a table")

@@ -20,6 +20,11 @@ from mpicdsgd.errors import UserError
 _SHOWN = 8  # agents, edges or parts that a message lists before it says how many more there are
 
 
+def agents_in_words(n: int) -> str:
+    """``1 agent``, ``5 agents``."""
+    return "1 agent" if n == 1 else f"{n} agents"
+
+
 @dataclass(frozen=True)
 class Graph:
     """Agents 0 to n - 1 and whose parameters each of them reads.

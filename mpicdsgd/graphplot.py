@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mpicdsgd.cycle import Mixing
 from mpicdsgd.figures import COLOURS, INK, check_suffix, save
-from mpicdsgd.graph import Graph
+from mpicdsgd.graph import Graph, agents_in_words
 
 Positions = NDArray[np.float64]  # (N, 2)
 
@@ -192,7 +192,7 @@ def _mean_weights(graph: Graph, mixing: Mixing | None) -> NDArray[np.float64]:
 
 
 def _title(graph: Graph, mixing: Mixing | None) -> str:
-    agents = "1 agent" if graph.n == 1 else f"{graph.n} agents"
+    agents = agents_in_words(graph.n)
     name = (graph.name or "graph").replace("$", r"\$")
     if mixing is None:
         return f"{name}, {agents}"

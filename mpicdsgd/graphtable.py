@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from mpicdsgd.graph import agents_in_words
 from mpicdsgd.graphreport import Report
 
 NOT_COVERED = "not covered by the paper's theorems"
@@ -13,7 +14,7 @@ def details(one: Report) -> str:
     """One report as text."""
     low, high = one["degree_min"], one["degree_max"]
     lines = [
-        f"{one['spec']}: {one['agents']} agents, {one['edges']} "
+        f"{one['spec']}: {agents_in_words(one['agents'])}, {one['edges']} "
         f"{'directed ' if one['directed'] else ''}edges, degree "
         f"{low if low == high else f'{low} to {high}'}, diameter {one['diameter']}",
         f"mixing {one['mixing']}: lambda_2 {_eigenvalue(one['lambda_2'])}, lambda_N "

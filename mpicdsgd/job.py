@@ -8,8 +8,9 @@ from typing import Any
 from mpi4py import MPI
 
 from mpicdsgd.agreement import require_same
-from mpicdsgd.algorithms.choose import needs_server
+from mpicdsgd.algorithms.settings import needs_server
 from mpicdsgd.errors import UserError
+from mpicdsgd.graph import agents_in_words
 from mpicdsgd.links.server import Server
 from mpicdsgd.run import Run
 from mpicdsgd.runconfig import Config
@@ -36,7 +37,8 @@ def train(config: Config, comm: MPI.Intracomm) -> tuple[int, dict[str, Any] | No
     if server.is_here:
         return server.serve(), None
     if server.comm.rank == 0:
-        log.info("%d agents, and rank %d as their server", server.comm.size, server.rank)
+        agents = agents_in_words(server.comm.size)
+        log.info("%s, and rank %d as the server", agents, server.rank)
     try:
         last = Run(config, server.comm, server).train()
     except UserError:

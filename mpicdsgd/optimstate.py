@@ -58,6 +58,7 @@ class OpenOptimizer(torch.optim.Optimizer):
 
     def open_exchange(self) -> tuple[Exchange | Link, list[NDArray[np.float32]]]:
         """What is exchanged and how, and the weights of what comes, by turn. Collective."""
+        self.agents.remark((*self.agents.graph.remarks, *self.agents.mixing.remarks))
         weights = [np.array(turn.weights, np.float32) for turn in self.agents.turns]
         return open_exchange(self.agents, self.arena.size, self._config), weights
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from mpicdsgd import config as reading
 from mpicdsgd.agents import AgentsConfig
-from mpicdsgd.algorithms.choose import NAMES, OptimConfig
+from mpicdsgd.algorithms import settings
+from mpicdsgd.algorithms.settings import OptimConfig
 from mpicdsgd.data import DataConfig
 from mpicdsgd.errors import UserError
 from mpicdsgd.exchange import ExchangeConfig
@@ -54,11 +55,17 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read ``path``, apply ``section.key=value`` overrides, fill in defaults. Local.
 
     Raises:
-        UserError: see `mpicdsgd.config`.
+        UserError: see `mpicdsgd.config` and `settings.completed`.
     """
     tables = reading.read_toml(path)
     reading.override(tables, overrides)
     config = reading.fill(Config, tables)
+    on_command_line: dict[str, Any] = {}
+    reading.override(on_command_line, overrides)
+    optim = settings.completed(
+        config.optim, tables.get("optim", {}), on_command_line.get("optim", {})
+    )
+    config = dataclasses.replace(config, optim=optim)
     if not config.run.dir:
         run = dataclasses.replace(config.run, dir=str(Path("runs") / path.stem))
         config = dataclasses.replace(config, run=run)
@@ -74,9 +81,11 @@ def check(config: Config) -> None:
     for name in ("epochs", "keep", "evaluate_batch"):
         if getattr(config.run, name) < 1:
             raise UserError(f"run.{name} must be at least 1")
-    if config.run.theory and config.optim.name in _WITHOUT_GRAPH:
+    settings.check(config.optim)
+    if config.run.theory and not settings.mixes_by_matrix(config.optim):
         raise UserError(
-            f"run.theory = true is for algorithms that mix by a matrix ({', '.join(_WITH_GRAPH)} "
+            "run.theory = true is for algorithms that mix by a matrix "
+            f"({', '.join(settings.BY_MATRIX)} "
             f'and any torch optimizer), not optim.name = "{config.optim.name}": leave it out'
         )
     if config.agents.threads < 0:
@@ -116,8 +125,6 @@ def differences(then: Any, now: Any, where: str = "") -> list[str]:
     return [f"{where[:-1]} = {now!r} (was {then!r})"]
 
 
-_WITH_GRAPH = ("cdsgd", "cdmsgd", "icdsgd")
-_WITHOUT_GRAPH = set(NAMES) - set(_WITH_GRAPH)
 MAY_CHANGE = (
     "run.dir", "run.resume", "run.keep", "run.keep_every", "run.epochs", "run.tensorboard",
     "run.theory", "data.path",

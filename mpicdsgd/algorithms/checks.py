@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from mpicdsgd.agents import Agents
 from mpicdsgd.errors import UserError
 from mpicdsgd.exchange import ExchangeConfig
 
@@ -39,12 +40,18 @@ def probability(name: str, value: object) -> float:
     return number
 
 
-def seconds(name: str, config: ExchangeConfig) -> float:
+def seconds(name: str, config: ExchangeConfig, agents: Agents) -> float:
     """The timeout of ``config``, where nothing is published on a graph's edges.
 
     Raises:
-        UserError: it asks for a wire type or a transport, which algorithm ``name`` does not have.
+        UserError: it asks for a wire type or a transport, or ``agents`` for a matrix that changes
+            by step, which algorithm ``name`` does not have.
     """
+    if len(agents.turns) > 1:
+        raise UserError(
+            f"mixing {agents.mixing.name} changes by step, but {name} mixes by no matrix: give one "
+            'that does not change, as mixing = "metropolis"'
+        )
     if config.wire != "float32":
         raise UserError(f'exchange.wire = "{config.wire}": {name} exchanges float32 only')
     if config.transport != "auto":

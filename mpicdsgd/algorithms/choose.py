@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
 import inspect
-import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,69 +19,12 @@ from mpicdsgd.algorithms.easgd import EAMSGD, EASGD
 from mpicdsgd.algorithms.fedavg import FedAvg
 from mpicdsgd.algorithms.gossip import GoSGD, GossipSGD
 from mpicdsgd.algorithms.mixed import Mixed
+from mpicdsgd.algorithms.settings import OptimConfig
 from mpicdsgd.algorithms.sgd import MSGD, SGD
 from mpicdsgd.errors import UserError
 from mpicdsgd.exchange import ExchangeConfig
 from mpicdsgd.links.server import Server
 from mpicdsgd.optim import AgentOptimizer
-
-log = logging.getLogger("mpicdsgd")
-
-NAMES = (
-    "cdsgd",
-    "cdmsgd",
-    "icdsgd",
-    "sgd",
-    "msgd",
-    "fedavg",
-    "easgd",
-    "eamsgd",
-    "downpour",
-    "gossip",
-    "gosgd",
-)
-
-_ELASTIC = ("easgd", "eamsgd")
-_ONLY_OF = {  # settings that only these algorithms have
-    "rounds": ("cdsgd", "cdmsgd", "icdsgd"),
-    "local_epochs": ("fedavg",),
-    "fraction": ("fedavg",),
-    "server_momentum": ("fedavg",),
-    "period": _ELASTIC,
-    "elasticity": _ELASTIC,
-    "asynchronous": _ELASTIC,
-    "n_push": ("downpour",),
-    "n_fetch": ("downpour",),
-    "adagrad": ("downpour",),
-    "probability": ("gossip", "gosgd"),
-}
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """Section ``[optim]`` of a run's config."""
-
-    name: str = "cdmsgd"  # see NAMES, or any torch optimizer as "torch.optim:AdamW"
-    lr: float = 0.01
-    momentum: float = 0.95
-    nesterov: bool | str = True  # false: Polyak; "look-ahead"
-    weight_decay: float = 0.0
-    rounds: int = 1  # cdsgd, cdmsgd, icdsgd: mixing rounds per step, tau
-    local_epochs: int = 1  # fedavg: E
-    fraction: float = 1.0  # fedavg: C, of the agents that take part in a round
-    server_momentum: float = 0.0  # fedavg
-    period: int = 4  # easgd, eamsgd: steps between two pulls, tau
-    elasticity: float = 0.0  # easgd, eamsgd: e = alpha rho; 0: 0.9 / agents
-    asynchronous: bool = False  # easgd, eamsgd: by a server, which is the last rank
-    n_push: int = 1  # downpour: steps between two pushes to the server, which is the last rank
-    n_fetch: int = 1  # downpour
-    adagrad: bool = False  # downpour: the server's step
-    probability: float = 0.5  # gossip, gosgd: p, to meet or push after a step
-    schedule: str = "fixed"  # or a torch scheduler as "torch.optim.lr_scheduler:StepLR"
-    args: dict[str, Any] = field(default_factory=dict)  # of a torch optimizer
-    schedule_args: dict[str, Any] = field(default_factory=dict)  # of a torch scheduler
-    clip_norm: float = 0.0  # clip the gradient's norm to this; 0: do not
-    debug: bool = False  # find parameters changed through .data, at the cost of a checksum
 
 
 @dataclass(frozen=True)
@@ -92,18 +34,13 @@ class Circumstances:
     Attributes:
         steps_per_epoch, seed: of the run.
         samples: of this agent.
-        server: where `needs_server`.
+        server: where `settings.needs_server`.
     """
 
     steps_per_epoch: int
     samples: int
     seed: int
     server: Server | None
-
-
-def needs_server(config: OptimConfig) -> bool:
-    """Whether the algorithm needs a rank for a server beside the agents. Local."""
-    return config.name == "downpour" or (config.name in _ELASTIC and config.asynchronous)
 
 
 def make_optimizer(
@@ -117,10 +54,9 @@ def make_optimizer(
     """The optimizer that ``config`` names. Collective over ``agents``.
 
     Raises:
-        UserError: for an unknown name or arguments that the optimizer does not take; arguments
-            are the same on all ranks, so it is raised on all.
+        UserError: for arguments that the optimizer does not take, by their names in the config;
+            they are the same on all ranks, so it is raised on all.
     """
-    _check_settings(config)
     common: dict[str, Any] = {
         "agents": agents, "buffers": buffers, "exchange": exchange, "debug": config.debug,
     }  # fmt: skip
@@ -133,16 +69,12 @@ def make_optimizer(
         "elasticity": config.elasticity or None,
         "server": circumstances.server,
     }
+    rounds = {"rounds": config.rounds}
     gossip = {"probability": config.probability, "seed": circumstances.seed}
-    rounds = config.rounds
-    if config.name == "icdsgd" and rounds == 1:
-        rounds = 2
-        if agents.rank == 0:
-            log.info("icdsgd: 2 mixing rounds in a step; optim.rounds sets another number")
     kinds: dict[str, tuple[Any, dict[str, Any]]] = {
-        "cdsgd": (CDSGD, {"rounds": rounds}),
-        "icdsgd": (CDSGD, {"rounds": rounds}),
-        "cdmsgd": (CDMSGD, {"rounds": rounds, **momentum}),
+        "cdsgd": (CDSGD, rounds),
+        "icdsgd": (CDSGD, rounds),
+        "cdmsgd": (CDMSGD, {**rounds, **momentum}),
         "sgd": (SGD, {}),
         "msgd": (MSGD, momentum),
         "fedavg": (
@@ -170,35 +102,20 @@ def make_optimizer(
         "gosgd": (GoSGD, gossip),
     }
     kind, arguments = kinds[config.name]
-    made: AgentOptimizer = kind(parameters, **own, **arguments, **common)
+    try:
+        made: AgentOptimizer = kind(parameters, **own, **arguments, **common)
+    except UserError as error:
+        raise _by_its_key(error) from None
     return made
 
 
-def _check_settings(config: OptimConfig) -> None:
-    is_torch = ":" in config.name
-    if not is_torch and config.name not in NAMES:
-        near = difflib.get_close_matches(config.name, NAMES, n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(
-            f'unknown optim.name "{config.name}": {hint}known are {", ".join(NAMES)} and any torch '
-            'optimizer as "torch.optim:AdamW"'
-        )
-    defaults = OptimConfig()
-    for key, names in _ONLY_OF.items():
-        value = getattr(config, key)
-        if value != getattr(defaults, key) and config.name not in names:
-            raise UserError(f"optim.{key} = {value} is for {' and '.join(names)} only")
-    if config.args and not is_torch:
-        raise UserError(
-            f'optim.args is for torch optimizers ("torch.optim:AdamW"), not {config.name}'
-        )
-    if config.local_epochs < 1:
-        raise UserError(f"optim.local_epochs (E) must be at least 1, got {config.local_epochs}")
-    if config.name in _ELASTIC and not 0 <= config.elasticity < 1:
-        raise UserError(
-            f"optim.elasticity (e) must be in (0, 1), or 0 for 0.9 / agents, "
-            f"got {config.elasticity}"
-        )
+def _by_its_key(error: UserError) -> UserError:
+    """``error`` of an optimizer's argument, as one of the key that it came from."""
+    if str(error).split(" ")[0] not in {field.name for field in dataclasses.fields(OptimConfig)}:
+        return error
+    found = UserError(f"optim.{error}")
+    found.raised_on_all_ranks = error.raised_on_all_ranks
+    return found
 
 
 def _mixed(

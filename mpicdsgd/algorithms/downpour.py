@@ -76,7 +76,7 @@ class Downpour(AgentOptimizer):
 
     def open_exchange(self) -> tuple[Link, list[NDArray[np.float32]]]:
         with self.agents.agreement("the exchange's settings"):
-            timeout_s = seconds("Downpour", self._config)
+            timeout_s = seconds("Downpour", self._config, self.agents)
         link = Link(self.agents, self._server, self.arena, timeout_s, **self._arguments)
         return link, [np.empty(0, np.float32)]
 

@@ -53,7 +53,7 @@ class EASGD(AgentOptimizer):
         weight_decay: float = 0.0,
         *,
         agents: Agents,
-        period: int = 1,
+        period: int = 4,
         elasticity: float | None = None,
         server: Server | None = None,
         buffers: Iterable[torch.Tensor] = (),
@@ -80,7 +80,7 @@ class EASGD(AgentOptimizer):
     def open_exchange(self) -> tuple[Centre | ServedCentre, list[NDArray[np.float32]]]:
         agents, arena, server = self.agents, self.arena, self._server
         with agents.agreement("the exchange's settings"):
-            timeout_s = seconds(type(self).__name__, self._config)
+            timeout_s = seconds(type(self).__name__, self._config, self.agents)
         rest: Any = {"period": self._period, "elasticity": self._elasticity}
         link: Centre | ServedCentre = (
             Centre(agents, arena.size, timeout_s, **rest)

@@ -82,7 +82,7 @@ class FedAvg(AgentOptimizer):
 
     def open_exchange(self) -> tuple[RoundAverage, list[NDArray[np.float32]]]:
         with self.agents.agreement("the exchange's settings"):
-            timeout_s = seconds("FedAvg", self._config)
+            timeout_s = seconds("FedAvg", self._config, self.agents)
         arguments: Any = self._link_arguments
         link = RoundAverage(self.agents, self.arena, timeout_s, **arguments)
         return link, [np.empty(0, np.float32)]

@@ -48,7 +48,7 @@ class GossipSGD(AgentOptimizer):
         weight_decay: float = 0.0,
         *,
         agents: Agents,
-        probability: float = 1.0,
+        probability: float = 0.5,
         seed: int = 0,
         buffers: Iterable[torch.Tensor] = (),
         exchange: ExchangeConfig | None = None,
@@ -69,7 +69,8 @@ class GossipSGD(AgentOptimizer):
 
     def open_exchange(self) -> tuple[Pairs | Pushes, list[NDArray[np.float32]]]:
         with self.agents.agreement("the exchange's settings"):
-            timeout_s = seconds(type(self).__name__, self._config)
+            timeout_s = seconds(type(self).__name__, self._config, self.agents)
+        self.agents.remark(self.agents.graph.remarks)
         link = self._link(self.agents, self.arena.size, timeout_s, **self._arguments)
         return link, [np.empty(0, np.float32)]
 

@@ -61,7 +61,7 @@ class SGD(AgentOptimizer):
 
     def open_exchange(self) -> tuple[MeanGradients, list[NDArray[np.float32]]]:
         with self.agents.agreement("the exchange's settings"):
-            timeout_s = seconds(type(self).__name__, self._config)
+            timeout_s = seconds(type(self).__name__, self._config, self.agents)
         return MeanGradients(self.agents, self.arena, timeout_s), [np.empty(0, np.float32)]
 
     def coefficients(self, group: dict[str, Any]) -> Coefficients:

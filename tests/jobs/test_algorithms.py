@@ -246,7 +246,7 @@ def refused(ended: Ended, text: str) -> None:
     """Exit code 2, and one line, after what is said about the job."""
     assert ended.code == 2, ended.err
     assert ended.out == ""
-    lines = [line for line in ended.err.splitlines() if "as their server" not in line]
+    lines = [line for line in ended.err.splitlines() if "as the server" not in line]
     assert len(lines) == 1, ended.err
     assert lines[0].startswith("mpicdsgd: ")
     assert text in lines[0]

@@ -161,12 +161,15 @@ def by_one(comm: MPI.Intracomm, action: Callable[[], object]) -> None:
         ("optim.name=torch.optim:Adamm", "torch.optim:Adamm"),
         ("optim.name=torch:zeros", "optim.name = torch:zeros"),
         ("optim.args={betas=1}", "optim.args is for torch optimizers"),
-        ("optim.lr=-0.1", "lr must be a finite number >= 0, got -0.1"),
-        ("optim.lr=nan", "lr must be a finite number >= 0, got nan"),
-        ("optim.momentum=1", "momentum must be in [0, 1), got 1"),
-        ("optim.weight_decay=-1", "weight_decay must be a finite number >= 0"),
-        ("optim.nesterov=maybe", "nesterov must be true, false or \"look-ahead\", got 'maybe'"),
-        ("optim.rounds=0", "rounds (tau) must be at least 1, got 0"),
+        ("optim.lr=-0.1", "optim.lr must be a finite number >= 0, got -0.1"),
+        ("optim.lr=nan", "optim.lr must be a finite number >= 0, got nan"),
+        ("optim.momentum=1", "optim.momentum must be in [0, 1), got 1"),
+        ("optim.weight_decay=-1", "optim.weight_decay must be a finite number >= 0"),
+        (
+            "optim.nesterov=maybe",
+            "optim.nesterov must be true, false or \"look-ahead\", got 'maybe'",
+        ),
+        ("optim.rounds=0", "optim.rounds (tau) must be at least 1, got 0"),
         ("optim.clip_norm=-1", "optim.clip_norm"),
         ("optim.schedule=linear", "unknown schedule 'linear': allowed are fixed"),
         ("optim.schedule=diminishing:2", "schedule diminishing needs an exponent in (0.5, 1]"),
@@ -187,7 +190,7 @@ def test_several_bad_values_of_a_torch_optimizer(job: Trainer, folder: Path) -> 
     adamw = "optim.name=torch.optim:AdamW"
     job.refuses("optim.args", adamw, "optim.args={beta=1}")
     job.refuses("optim.args", adamw, "optim.args={betas=[2.0, 2.0]}")
-    job.refuses("optim.rounds = 2 is for cdsgd and cdmsgd and icdsgd only", adamw, "optim.rounds=2")
+    job.refuses("optim.rounds = 2 is for cdsgd, cdmsgd and icdsgd only", adamw, "optim.rounds=2")
     job.refuses("Invalid learning rate", adamw, "optim.lr=-1")
     job.refuses("optim.args.lr: set optim.lr instead", adamw, "optim.args={lr=0.1}")
     rprop = "optim.name=torch.optim:Rprop"

@@ -626,7 +626,7 @@ def refuses(
         code = cli.main(["train", f"{comm.rank}.toml", f"optim.name={name}", *settings])
         err = capfd.readouterr().err
         assert (code, aborts) == (2, []), err
-        said = [line for line in err.splitlines() if "as their server" not in line]
+        said = [line for line in err.splitlines() if "as the server" not in line]
         assert len(said) == (comm.rank == 0), err
         assert all(line.startswith("mpicdsgd: ") and text in line for line in said), err
         assert comm.allreduce(len(err.splitlines())) <= 2
@@ -645,24 +645,25 @@ SERVER = "optim.asynchronous=true"
 @pytest.mark.parametrize(
     ("name", "settings", "text"),
     [
-        ("fedavg", ["optim.fraction=0"], "fraction (C, of the agents"),
+        ("fedavg", ["optim.fraction=0"], "optim.fraction (C, of the agents"),
         ("fedavg", ["optim.fraction=1.5"], "must be in (0, 1], got 1.5"),
         ("fedavg", ["optim.fraction=nan"], "must be in (0, 1], got nan"),
         ("fedavg", ["optim.local_epochs=0"], "optim.local_epochs (E) must be at least 1, got 0"),
-        ("fedavg", ["optim.server_momentum=1"], "server_momentum must be in [0, 1), got 1"),
-        ("easgd", ["optim.period=0"], "period (tau) must be a whole number >= 1, got 0"),
+        ("fedavg", ["optim.server_momentum=1"], "optim.server_momentum must be in [0, 1), got 1"),
+        ("easgd", ["optim.period=0"], "optim.period (tau) must be a whole number >= 1, got 0"),
         ("easgd", ["optim.elasticity=2"], "optim.elasticity (e) must be in (0, 1)"),
         ("eamsgd", ["optim.elasticity=nan"], "optim.elasticity (e) must be in (0, 1)"),
-        ("eamsgd", ["optim.momentum=1"], "momentum must be in [0, 1), got 1"),
-        ("gossip", ["optim.probability=1.1"], "probability (p) is a probability"),
+        ("eamsgd", ["optim.momentum=1"], "optim.momentum must be in [0, 1), got 1"),
+        ("gossip", ["optim.probability=1.1"], "optim.probability (p) is a probability"),
         ("gosgd", ["optim.probability=1.1"], "must be in [0, 1], got 1.1"),
-        ("gosgd", ["optim.lr=-1"], "lr must be a finite number >= 0, got -1"),
+        ("gosgd", ["optim.lr=-1"], "optim.lr must be a finite number >= 0, got -1"),
         ("cdsgd", ["optim.fraction=0.5"], "optim.fraction = 0.5 is for fedavg only"),
-        ("sgd", ["optim.rounds=2"], "optim.rounds = 2 is for cdsgd and cdmsgd and icdsgd only"),
-        ("sgd", [SERVER], "optim.asynchronous = True is for easgd and eamsgd only"),
+        ("sgd", ["optim.rounds=2"], "optim.rounds = 2 is for cdsgd, cdmsgd and icdsgd only"),
+        ("sgd", [SERVER], "optim.asynchronous = true is for easgd and eamsgd only"),
         ("gossip", ["optim.n_fetch=2"], "optim.n_fetch = 2 is for downpour only"),
         ("sgd", ["exchange.wire=bfloat16"], "SGD exchanges float32 only"),
         ("msgd", ["exchange.transport=direct"], "MSGD has no graph's edges"),
+        ("gossip", ["optim.momentum=0.95"], "optim.momentum = 0.95 is for cdmsgd, msgd and"),
         ("gosgd", ["exchange.timeout_s=0"], "exchange.timeout_s must be positive"),
         ("fedvag", [], 'unknown optim.name "fedvag": did you mean fedavg?'),
     ],
@@ -677,9 +678,9 @@ def test_a_bad_setting_of_a_run(
 @pytest.mark.parametrize(
     ("name", "settings", "text"),
     [
-        ("downpour", [], "lr must be a finite number >= 0, got -1"),
-        ("downpour", ["optim.n_push=0"], "n_push must be a whole number >= 1, got 0"),
-        ("downpour", ["optim.n_fetch=-1"], "n_fetch must be a whole number >= 1, got -1"),
+        ("downpour", [], "optim.lr must be a finite number >= 0, got -1"),
+        ("downpour", ["optim.n_push=0"], "optim.n_push must be a whole number >= 1, got 0"),
+        ("downpour", ["optim.n_fetch=-1"], "optim.n_fetch must be a whole number >= 1, got -1"),
         ("downpour", ["model.buffers=mixed", "model.name=test_systems:batch_norm",
                       "model.args={}"], "Downpour SGD exchanges gradients"),
         ("downpour", ["optim.probability=0.1"], "is for gossip and gosgd only"),
@@ -688,15 +689,15 @@ def test_a_bad_setting_of_a_run(
         ("downpour", ["agents.topology=rnig"], "unknown topology"),
         ("downpour", ["run.epochs=0"], "run.epochs must be at least 1"),
         ("easgd", [SERVER, "optim.elasticity=2"], "optim.elasticity (e) must be in (0, 1)"),
-        ("easgd", [SERVER, "optim.period=0"], "period (tau) must be a whole number >= 1, got 0"),
-        ("eamsgd", [SERVER, "optim.momentum=1"], "momentum must be in [0, 1), got 1"),
+        ("easgd", [SERVER, "optim.period=0"], "optim.period (tau) must be a whole number >= 1"),
+        ("eamsgd", [SERVER, "optim.momentum=1"], "optim.momentum must be in [0, 1), got 1"),
         ("eamsgd", [SERVER, "run.dir=0.toml"], "set run.dir to another folder"),
     ],
 )  # fmt: skip
 def test_a_bad_setting_of_a_run_with_a_server(
     refuses: Refuses, name: str, settings: list[str], text: str
 ) -> None:
-    if MPI.COMM_WORLD.size == 1:
+    if MPI.COMM_WORLD.size == 1 and "is for" not in text:  # which is found in the config itself
         text = "no rank is left for the server: it has one of its own"
     refuses(text, name, *(settings or ["optim.lr=-1"]))
     assert not Path("r", "checkpoints").exists()

@@ -159,11 +159,23 @@ def make_run(folder: Path) -> Path:
     return folder
 
 
-def test_plot(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_plot(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = make_run(tmp_path / "run")
     done("plot", str(run))
     assert capsys.readouterr().out == f"plot: {run}/metrics.png\n"
     assert (run / "metrics.png").read_bytes().startswith(b"\x89PNG")
+    before = sorted(os.listdir(run))
+    other = make_run(tmp_path / "other")
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    done("plot", str(run), str(other))
+    assert capsys.readouterr().out == "plot: metrics.png\n"
+    assert os.listdir(here) == ["metrics.png"], "a figure of two belongs to neither"
+    assert sorted(os.listdir(run)) == before
+    assert "metrics.png" not in os.listdir(other)
     done("plot", str(run), str(run), "--out", str(tmp_path / "both.svg"))
     assert (tmp_path / "both.svg").exists()
     refused(capsys, "there are no metrics at", "plot", str(tmp_path / "none"))
