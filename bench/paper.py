@@ -23,9 +23,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import common
+import paper_consensus
 import paper_figures
 import paper_page
 import paper_start
@@ -178,6 +180,9 @@ def write_all(
             part.settings[experiment, label] = settings
             part.found[experiment, label] = one = curves(lines)
             part.lambda_2[experiment, label] = _lambda_2(settings, setup.agents)
+            radii = _radii(lines, runs[place], setup, settings)
+            if radii:
+                part.radii[experiment, label] = radii
             record["results"]["/".join(place)] = {
                 "agents": setup.agents,
                 "settings": settings,
@@ -185,6 +190,7 @@ def write_all(
                 "runs": {seed: run.folder.name for seed, run in runs[place].items()},
                 "commits": sorted({note["commit"] for note in notes.values() if note}),
                 **(summary(one) if one is not None else {}),
+                **({"proposition_1": [asdict(r) for r in radii]} if radii else {}),
             }
         parts.append(part)
         _figures(args.out, part)
@@ -199,6 +205,16 @@ def write_all(
     (args.out / "paper.md").write_text(text)
     print(f"{args.out / 'paper.md'} and paper.json are written")
     return len(failed)
+
+
+def _radii(
+    lines: dict[int, list[common.Record]], runs: dict[int, paper_start.Run], setup: Setup,
+    settings: common.Record,
+) -> list[paper_consensus.Radius]:  # fmt: skip
+    """Proposition 1 beside the finished runs, where it speaks of them."""
+    if not paper_consensus.covered(settings, setup.agents):
+        return []
+    return [paper_consensus.beside(runs[seed].folder, settings, setup.agents) for seed in lines]
 
 
 def _figures(out: Path, part: Part) -> None:

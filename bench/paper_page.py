@@ -7,12 +7,14 @@ from collections.abc import Sequence
 
 import common
 import numpy as np
+import paper_consensus
 from paper_claims import CLAIMS, Claim, decide
 from paper_curves import LATE, Curves, deviation
-from paper_part import Part, remarks, table
+from paper_part import Part, remarks
 from paper_properties import properties
 from paper_rules import EQUAL, POINTS, Verdict
 from paper_runs import DATA_TITLES, SCALES, TITLES
+from paper_table import table
 
 ANSWERS = {True: "yes", False: "no", None: "not testable here"}
 
@@ -73,6 +75,12 @@ def page(
     for part in parts:
         if "algorithms" in part.setups:
             out += properties(part)
+    for part in parts:
+        if part.radii:
+            out += paper_consensus.section(
+                part.title,
+                {f"{TITLES[e].split(':')[0]}, {name}": r for (e, name), r in part.radii.items()},
+            )
     out += _differences(record["scale"])
     return "\n".join(out).rstrip() + "\n"
 

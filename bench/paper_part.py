@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import common
+from paper_consensus import Radius
 from paper_curves import Curves, diverged
 from paper_runs import Setup
 
@@ -26,6 +26,7 @@ class Part:
         settings: resolved, by (experiment, label).
         lambda_2: of the mixing matrix, by (experiment, label).
         figures: file names, by experiment.
+        radii: Proposition 1 beside the finished runs that it speaks of, by (experiment, label).
     """
 
     name: str
@@ -35,6 +36,7 @@ class Part:
     settings: dict[tuple[str, str], common.Record]
     lambda_2: dict[tuple[str, str], float] = field(default_factory=dict)
     figures: dict[str, str] = field(default_factory=dict)
+    radii: dict[tuple[str, str], list[Radius]] = field(default_factory=dict)
 
     @property
     def guess(self) -> float:
@@ -62,8 +64,3 @@ def remarks(part: Part, experiment: str, seeds: int) -> list[str]:
                 "compared with it says nothing."
             )
     return out
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |"
-            for cells in (head, ["---"] * len(head), *rows)]  # fmt: skip

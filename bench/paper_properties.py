@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import common
 import numpy as np
-from paper_part import CLASSES, SHAPES, Part, table
+from paper_part import CLASSES, SHAPES, Part
 from paper_rules import EQUAL
+from paper_table import table
 
 from mpicdsgd import models
 from mpicdsgd.errors import UserError

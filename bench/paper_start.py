@@ -90,6 +90,9 @@ def make(
         *more,
     )
     config = load_config(CONFIG, overrides)
+    if config.optim.name == "cdsgd":  # for Proposition 1
+        overrides = (*overrides, "run.theory=true")
+        config = load_config(CONFIG, overrides)
     check(config)
     mixing_from_spec(config.agents.mixing, graph_from_spec(config.agents.topology, setup.agents))
     settings = as_json(dataclasses.asdict(config))

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ sys.path.insert(0, str(BENCH))
 
 import paper  # noqa: E402
 import paper_claims as claims  # noqa: E402
+import paper_consensus  # noqa: E402
 import paper_curves  # noqa: E402
 import paper_figures  # noqa: E402
 import paper_page  # noqa: E402
@@ -68,6 +70,8 @@ def test_quick(run: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.Mo
         assert f"({name})" in page
         assert 5_000 < (out / name).stat().st_size < 100_000
 
+    _beside_proposition_1(runs / results["digits/1a/CDSGD"]["runs"]["0"], results, page)
+
     # In this process, which saves the imports; what would be started is counted.
     started: list[paper_start.Run] = []
     monkeypatch.setattr(paper_start, "execute", lambda made, commit: started.append(made) or NOTE)
@@ -79,6 +83,32 @@ def test_quick(run: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.Mo
     assert paper.main() == 0
     assert len(started) == 2
     assert not any(made.folder.exists() for made in started)
+
+
+def _beside_proposition_1(folder: Path, results: dict[str, Any], page: str) -> None:
+    """Against the recursion, written out; and a distance beyond it is a violation."""
+    (found,) = results["digits/1a/CDSGD"]["proposition_1"]
+    assert "proposition_1" not in results["digits/1a/SGD, one machine"], "one agent"
+    lines = [json.loads(line) for line in (folder / "trace.jsonl").read_text().splitlines()]
+    L = max(g for line in lines for g in line["gradient"]) ** 0.5
+    bound = [0.0]
+    for line in lines:
+        for lr in line["lr"]:
+            bound.append(0.0 * bound[-1] + lr * L)  # the complete graph's gap is 1
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    measured = [line["consensus"]["rms"] * 2**0.5 for line in metrics]
+    factors = [bound[line["step"]] / d for line, d in zip(metrics, measured, strict=True)]
+    assert found["L"] == pytest.approx(L, rel=1e-12)
+    assert found["factor"] == pytest.approx([min(factors), max(factors)], rel=1e-9)
+    assert (found["violations"], found["evaluations"]) == (0, 2)
+    assert page.count("holds at all") == 2
+    settings = results["digits/1a/CDSGD"]["settings"]
+    text = (folder / "metrics.jsonl").read_text()
+    metrics[1]["consensus"]["rms"] *= 1.01 * factors[1]
+    target = (folder / "metrics.jsonl").resolve()
+    target.write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    assert paper_consensus.beside(folder, settings, 2).violations == 1
+    target.write_text(text)
 
 
 def one_run(runs: Path, *more: str) -> paper_start.Run:
