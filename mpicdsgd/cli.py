@@ -1,4 +1,4 @@
-"""The command line: ``mpicdsgd train | graph | plot | compare | inspect | info``.
+"""The command line: ``mpicdsgd train | graph | theory | plot | compare | inspect | info``.
 
 Exit codes: 0 done, 2 a user's mistake (one line on stderr, on no rank a traceback), 1 all else.
 MPI and torch are imported by the commands that need them, so the others work on a login node.
@@ -176,6 +176,24 @@ def _graph(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _theory(arguments: argparse.Namespace) -> int:
+    from mpicdsgd import theoryreport, theorytable
+    from mpicdsgd.constants import Effort
+    from mpicdsgd.figures import check_suffix
+
+    if arguments.png:
+        check_suffix(Path(arguments.png))
+    effort = Effort(arguments.points, arguments.batches, arguments.samples)
+    found = theoryreport.report(Path(arguments.run_dir), arguments.overrides, effort)
+    print(json.dumps(found, indent=2) if arguments.json else theorytable.table(found))
+    if arguments.png:
+        from mpicdsgd.theoryplot import plot_theory
+
+        plot_theory(found, Path(arguments.png))
+        print(f"plot: {arguments.png}", file=sys.stderr if arguments.json else sys.stdout)
+    return 0
+
+
 def _plot(arguments: argparse.Namespace) -> int:
     from mpicdsgd.plots import plot_runs
 
@@ -320,6 +338,28 @@ def _parser() -> argparse.ArgumentParser:
         "--max-degree", type=int, metavar="K", help="neighbours that an agent may have"
     )
     graph.set_defaults(run=_graph)
+
+    theory = commands.add_parser(
+        "theory",
+        help="a run beside the paper's bounds",
+        description="Of a run made with run.theory = true; without MPI's launcher. An override "
+        "says where something has moved to, as in data.path=/scratch/mnist.",
+    )
+    theory.add_argument("run_dir", metavar="RUN_DIR")
+    theory.add_argument("overrides", nargs="*", metavar="section.key=value")
+    theory.add_argument("--json", action="store_true")
+    theory.add_argument("--png", metavar="FILE", help="draw measured values and bounds")
+    theory.add_argument(
+        "--points", type=int, default=2, metavar="K", help="where to measure; default 2"
+    )
+    theory.add_argument(
+        "--batches", type=int, default=20, metavar="B", help="minibatches at each; default 20"
+    )
+    theory.add_argument(
+        "--samples", type=int, default=1000, metavar="S",
+        help="of each agent, for a network's Hessian; default 1000",
+    )  # fmt: skip
+    theory.set_defaults(run=_theory)
 
     plot = commands.add_parser("plot", help="accuracy, loss and consensus distance of runs")
     plot.add_argument("runs", nargs="+", metavar="RUN_DIR")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import random
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from mpicdsgd.errors import UserError
 from mpicdsgd.evaluate import evaluate
 from mpicdsgd.exchange import AgentFault
 from mpicdsgd.links.server import Server
-from mpicdsgd.measure import RunningMeans, accuracy, measure, ratio
+from mpicdsgd.measure import RunningMeans, StepTrace, accuracy, measure, ratio
 from mpicdsgd.minibatch import minibatch_step
 from mpicdsgd.progress import Progress
 from mpicdsgd.runconfig import Config, as_json, check, differences, every
@@ -79,7 +78,7 @@ class Run:
             self._evaluate_every = every("evaluate_every", config.run.evaluate_every, per_epoch)
             self._save_every = every("checkpoint_every", config.run.checkpoint_every, per_epoch)
             self._keep_every = every("keep_every", config.run.keep_every, per_epoch)
-        self._seed(0 if config.agents.init == "broadcast" else agents.rank + 1)
+        state.seed_generators(seed, 0 if config.agents.init == "broadcast" else agents.rank + 1)
         with agents.agreement("model"):
             self.model = models.build(config.model, self.data.input_shape, self.data.classes)
             self.model.to(agents.device)
@@ -89,7 +88,7 @@ class Run:
             evaluate(self.model, self.data.test, self.loss_fn, len(few), few)
         if config.agents.init == "broadcast":
             agents.broadcast(self.model)
-        self._seed(agents.rank + 1)
+        state.seed_generators(seed, agents.rank + 1)
         snapshot = self._open_folder()
         buffers = [b for b in self.model.buffers() if b.dtype == torch.float32]
         with agents.agreement("optimizer"):
@@ -184,6 +183,7 @@ class Run:
             self.scheduler.step()
             return
         lr = float(self.optimizer.param_groups[0]["lr"])
+        traced = StepTrace(self.optimizer, self.config.optim) if self._trace is not None else None
         loss, right = minibatch_step(
             self.model,
             self.loss_fn,
@@ -194,8 +194,8 @@ class Run:
             deferred=self._deferred,
         )
         self.scheduler.step()
-        if self._trace is not None:
-            self._trace.add(lr, loss, len(targets))
+        if self._trace is not None and traced is not None:
+            self._trace.add(lr, loss, len(targets), traced.penalty, traced.moved())
         means = self._means
         means.add(loss, right, len(targets))
         self._progress.update(
@@ -395,12 +395,6 @@ class Run:
 
     def _optim(self) -> dict[str, Any]:
         return as_json(dataclasses.asdict(self.config.optim))  # type: ignore[no-any-return]
-
-    def _seed(self, stream: int) -> None:
-        seed = int(np.random.SeedSequence([self.config.run.seed, stream]).generate_state(1)[0])
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
 
     def _time_s(self) -> float:
         return self._before["time_s"] + time.monotonic() - self._start

@@ -17,6 +17,14 @@ _CUDA = "random/cuda"
 # What p publishes is Q(x) after every step, so it is written anew at a restart and not stored.
 
 
+def seed_generators(seed: int, stream: int) -> None:
+    """Seed torch's, NumPy's and Python's global generators for one use of a run. Local."""
+    word = int(np.random.SeedSequence([seed, stream]).generate_state(1)[0])
+    torch.manual_seed(word)
+    np.random.seed(word)
+    random.seed(word)
+
+
 def capture_arrays(optimizer: AgentOptimizer, model: torch.nn.Module) -> dict[str, NDArray[Any]]:
     """The agent's arrays: x, v (and y), buffers outside the arena, random generators. Local."""
     arrays: dict[str, NDArray[Any]] = dict(optimizer.arrays())

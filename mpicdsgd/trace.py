@@ -5,11 +5,14 @@
     f_j      agent j's minibatch loss at x_k (with look-ahead momentum: at x_k + mu v_k)
     D_j      1/2 sum_l Pi[j,l] |p_l - p_j|^2 at x_k, of the published parameters
     h_j      the gradient that was applied, with weight decay
+    P_j      weight decay/2 |x_j|^2, the part of the objective that f_j leaves out
+    M_j      |x_(k+1),j - x_k,j|^2, of CDSGD alone, whose update is -alpha_k times (7)
 
 A line holds the steps between two evaluations or checkpoints, as sums over agents. For a doubly
 stochastic Pi the D_j add up to |X|^2_(I - Pi), so that, but for the minibatches' noise,
 
-    V(x_k, alpha) = sum_j f_j + 1/(2 alpha) sum_j D_j           eq. (9), arXiv 1706.07880
+    V(x_k, alpha) = sum_j (f_j + P_j) + 1/(2 alpha) sum_j D_j   eq. (9), arXiv 1706.07880
+    |grad V|^2    = sum_j M_j / alpha^2                         eq. (7)
 
 and ``gradient``, sum_j |h_j|^2, is what the bound L^2 is an upper bound of.
 """
@@ -17,6 +20,7 @@ and ``gradient``, sum_j |h_j|^2, is what the bound L^2 is an upper bound of.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,8 +38,12 @@ if TYPE_CHECKING:  # a trace is read without MPI
 
     from mpicdsgd.stepper import Measured
 
-_SUMS = ("loss", "disagreement", "gradient", "batch")  # over agents; lr is the same on all
+    Number = float | torch.Tensor
+
+# Over agents; lr is the same on all. The later ones a trace may lack.
+_SUMS = ("loss", "disagreement", "gradient", "batch", "penalty", "moved")
 _COLUMNS = ("lr", *_SUMS)
+_OPTIONAL = ("penalty", "moved")
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,8 @@ class Trace:
         disagreement: sum_j D_j = |X|^2_(I - Pi), see the module.
         gradient: sum_j |h_j|^2.
         batch: samples in the agents' minibatches together.
+        penalty: sum_j P_j; 0 without weight decay, NaN where an older version wrote the line.
+        moved: sum_j M_j; NaN where it was not measured.
     """
 
     step: NDArray[np.int64]
@@ -57,6 +67,8 @@ class Trace:
     disagreement: NDArray[np.float64]
     gradient: NDArray[np.float64]
     batch: NDArray[np.float64]
+    penalty: NDArray[np.float64]
+    moved: NDArray[np.float64]
 
 
 class Recorder:
@@ -82,7 +94,7 @@ class Recorder:
         resume_generation: int | None = None,
     ) -> None:
         self._comm = comm
-        self._steps: list[tuple[float, float | torch.Tensor, int]] = []
+        self._steps: list[tuple[float, Number, int, Number, Number]] = []
         self._lines = record.Metrics(
             run_dir,
             generation,
@@ -92,12 +104,22 @@ class Recorder:
             name="trace",
         )
 
-    def add(self, lr: float, loss: float | torch.Tensor, batch: int) -> None:
+    def add(
+        self,
+        lr: float,
+        loss: Number,
+        batch: int,
+        penalty: Number = 0.0,
+        moved: Number = math.nan,
+    ) -> None:
         """Note a step: its step size, this agent's mean loss and its number of samples. Local.
 
         A tensor, shape (), is not waited for.
+
+        Args:
+            penalty, moved: P_j and M_j of the module.
         """
-        self._steps.append((lr, loss, batch))
+        self._steps.append((lr, loss, batch, penalty, moved))
 
     def flush(self, measured: list[Measured]) -> None:
         """Append the steps since the last flush, on the disk when this returns. Collective.
@@ -111,8 +133,8 @@ class Recorder:
             return
         mine = np.array(
             [
-                (float(loss), m.disagreement, float(m.gradient), batch)
-                for (_, loss, batch), m in zip(steps, measured, strict=True)
+                (float(f), m.disagreement, float(m.gradient), batch, float(penalty), float(moved))
+                for (_, f, batch, penalty, moved), m in zip(steps, measured, strict=True)
             ]
         )
         # Not Reduce, whose order, and so the bits, may depend on the number of steps: a restart
@@ -121,21 +143,29 @@ class Recorder:
         self._comm.Gather(mine, everyone, root=0)
         if everyone is None:
             return
-        columns = dict(zip(_SUMS, everyone.sum(axis=0).T.tolist(), strict=True))
-        columns["batch"] = [int(samples) for samples in columns["batch"]]
-        first = measured[0].step
-        self._lines.append(
-            {
-                "step": first + len(steps),  # completed, as in a line of metrics
-                "first": first,
-                "lr": [lr for lr, _, _ in steps],
-                **columns,
-            }
-        )
+        self._lines.append(line_of(measured[0].step, [step[0] for step in steps], everyone))
 
     def close(self) -> None:
         """Close the file. Local."""
         self._lines.close()
+
+
+def line_of(first: int, lr: list[float], agents_NKS: NDArray[np.float64]) -> dict[str, Any]:
+    """A line of the trace, for `record.Metrics.append`.
+
+    Args:
+        first: k of its first step.
+        lr: alpha_k of each of the K steps.
+        agents_NKS: loss, disagreement, gradient, batch, penalty and moved of each agent in each
+            step, shape (N, K, 6); what nobody has measured is NaN, and left out.
+    """
+    sums = dict(zip(_SUMS, agents_NKS.sum(axis=0).T.tolist(), strict=True))
+    sums["batch"] = [int(samples) for samples in sums["batch"]]
+    for name in _OPTIONAL:
+        if all(math.isnan(value) for value in sums[name]):
+            del sums[name]
+    # "step": completed, as in a line of metrics
+    return {"step": first + len(lr), "first": first, "lr": lr, **sums}
 
 
 def read(run_dir: Path) -> Trace:
@@ -182,6 +212,8 @@ def _line(raw: bytes) -> dict[str, Any] | None:
     ):
         return None
     count = line["step"] - line["first"]
+    for name in _OPTIONAL:
+        line.setdefault(name, [math.nan] * min(count, len(raw)))
     for name in _COLUMNS:
         values = line.get(name)
         if not isinstance(values, list) or len(values) != count or count == 0:

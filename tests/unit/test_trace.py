@@ -57,7 +57,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in (first, second)] == [3, 4]
     assert json.loads(second) == {
         "step": 4, "first": 3, "lr": [0.125], "loss": [180.0], "disagreement": [4.5],
-        "gradient": [12.0], "batch": [24],
+        "gradient": [12.0], "batch": [24], "penalty": [0.0],
     }  # fmt: skip
 
 
@@ -70,6 +70,38 @@ def test_tensors_and_what_is_no_number(tmp_path: Path) -> None:
     assert math.isnan(found.loss[0])
     assert (found.loss[1], found.disagreement[0]) == (12.0, math.inf)
     assert found.gradient.tolist() == [18.0, 0.0]
+
+
+def test_penalty_and_movement(tmp_path: Path) -> None:
+    """Where they are measured; else no penalty, and movement that is not known."""
+    one = recorder(tmp_path)
+    fill(one, range(2))
+    one.add(0.5, 1.0, 4, 0.25, torch.tensor(2.0))
+    one.add(0.5, 1.0, 4, torch.tensor(0.5), math.nan)
+    one.flush([Measured(k, 0.0, 2.0) for k in (2, 3)])
+    one.close()
+    found = trace.read(tmp_path)
+    assert found.penalty.tolist() == [0, 0, 1.5, 3]
+    assert found.moved[2] == 12
+    assert np.isnan(found.moved[[0, 1, 3]]).all()
+
+
+def test_a_trace_of_before_has_neither(tmp_path: Path) -> None:
+    (tmp_path / "trace.g0001.jsonl").write_text(json.dumps(GOOD) + "\n")
+    found = trace.read(tmp_path)
+    assert np.isnan(found.penalty).all()
+    assert np.isnan(found.moved).all()
+    assert found.penalty.shape == found.step.shape == (1,)
+
+
+def test_a_line_of_sums() -> None:
+    """What another writer of traces hands over: agents, steps, columns."""
+    agents_NKS = np.arange(24.0).reshape(2, 2, 6)
+    agents_NKS[..., 5] = math.nan
+    assert trace.line_of(7, [0.1, 0.2], agents_NKS) == {
+        "step": 9, "first": 7, "lr": [0.1, 0.2], "loss": [12, 24], "disagreement": [14, 26],
+        "gradient": [16, 28], "batch": [18, 30], "penalty": [20, 32],
+    }  # fmt: skip
 
 
 def test_a_restart_has_each_step_once(tmp_path: Path) -> None:
@@ -124,6 +156,7 @@ GOOD = {
             {"lr": []}, {"lr": [1, 2]}, {"loss": 2}, {"loss": ["2"]}, {"loss": [True]},
             {"batch": None}, {"first": 4}, {"first": 7}, {"first": True}, {"first": -1},
             {"step": 10**9}, {"step": 6.5},
+            {"penalty": [1, 2]}, {"moved": 3}, {"moved": [None]},
         )),
     ],
 )  # fmt: skip
