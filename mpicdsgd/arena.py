@@ -47,6 +47,7 @@ class Arena:
         buffers: tensors that are mixed but have no gradient, such as BatchNorm's statistics; what
             the forward pass does to them is kept (own = 1 in the segments).
         device: where all of them are.
+        flat: memory to take, of a size that an arena of such tensors has; None: its own.
 
     Attributes:
         flat: float32, shape (D,), D a multiple of 16; padding is 0.
@@ -62,6 +63,7 @@ class Arena:
         parameters: Sequence[torch.Tensor],
         buffers: Sequence[torch.Tensor] = (),
         device: torch.device = _CPU,
+        flat: torch.Tensor | None = None,
     ) -> None:
         self._device = device
         self.parameters = list(parameters)
@@ -73,7 +75,10 @@ class Arena:
         padded = -(-lengths // _ALIGN) * _ALIGN
         ends = np.cumsum(padded)
         self.size = int(ends[-1]) if len(ends) else 0
-        self.flat = torch.zeros(self.size, dtype=torch.float32, device=device)
+        if flat is None:
+            flat = torch.zeros(self.size, dtype=torch.float32, device=device)
+        assert flat.shape == (self.size,), "laid out alike"
+        self.flat = flat
         self.segments = np.zeros(len(self.tensors), dtype=SEGMENT)
         self.segments["offset"] = ends - padded
         self.segments["length"] = lengths

@@ -1,4 +1,4 @@
-"""The command line: ``mpicdsgd train | graph | theory | plot | compare | inspect | info``.
+"""The command line: ``mpicdsgd train | simulate | graph | theory | plot ...``.
 
 Exit codes: 0 done, 2 a user's mistake (one line on stderr, on no rank a traceback), 1 all else.
 MPI and torch are imported by the commands that need them, so the others work on a login node.
@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from mpicdsgd import __version__, launch
 from mpicdsgd.errors import UserError
@@ -94,6 +94,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from mpicdsgd.agreement import agreement
     from mpicdsgd.algorithms.settings import needs_server, uses_graph
     from mpicdsgd.job import train
+    from mpicdsgd.progress import summary
     from mpicdsgd.runconfig import load_config
 
     shutdown.install()
@@ -112,24 +113,41 @@ def _train(arguments: argparse.Namespace) -> int:
     if comm.rank == 0 and last is not None:
         where = f" on {config.agents.topology}" if uses_graph(config.optim) else ""
         where += " and a server" if needs_server(config.optim) else ""
-        print(f"{_result(last, where)}; everything is in {config.run.dir}")
+        print(summary(last, where, config.run.dir))
     return code
 
 
-def _result(last: dict[str, Any], where: str) -> str:
-    """The last line of a run's metrics in a sentence; ``where``: on what the agents were."""
-    from mpicdsgd.graph import agents_in_words
+def _simulate(arguments: argparse.Namespace) -> int:
+    if arguments.agents is None:
+        raise UserError("simulate needs --agents N, the number of agents, at least 1")
+    if arguments.agents < 1:
+        raise UserError(f"--agents must be at least 1, got {arguments.agents}")
+    from mpi4py import MPI
 
-    test, distance = last["test_accuracy"], last["consensus"]["max"]
-    models = f"averaged model {last['averaged_model']['test_accuracy']:.4f}"
-    if "centre" in last:
-        models += f", centre {last['centre']['test_accuracy']:.4f}"
-    return (
-        f"{agents_in_words(len(test['agents']))}{where}: mean test accuracy "
-        f"{test['mean']:.4f} (lowest {min(test['agents']):.4f}, highest "
-        f"{max(test['agents']):.4f}), {models}, consensus distance {distance:.2e}, "
-        f"{last['time_s']:.0f} s"
-    )
+    from mpicdsgd.progress import summary
+    from mpicdsgd.runconfig import load_config
+    from mpicdsgd.simulation import Simulation
+
+    if MPI.COMM_WORLD.size > 1:
+        error = UserError(
+            f"simulate is one process, but the launcher started {MPI.COMM_WORLD.size} ranks: leave "
+            "mpirun or srun out, or use train"
+        )
+        error.raised_on_all_ranks = True
+        raise error
+    config = load_config(Path(arguments.config), arguments.overrides)
+    simulation = Simulation(config, arguments.agents, one_by_one=arguments.one_by_one)
+    try:
+        last = simulation.run()
+    except KeyboardInterrupt:
+        print(
+            f"mpicdsgd: interrupted after step {simulation.steps}; what was written is kept in "
+            f"{config.run.dir}",
+            file=sys.stderr,
+        )
+        return 1
+    print(summary(last, f" on {config.agents.topology}", config.run.dir))
+    return 0
 
 
 def _graph(arguments: argparse.Namespace) -> int:
@@ -307,6 +325,20 @@ def _parser() -> argparse.ArgumentParser:
         "--agents", type=int, metavar="N", help="start N ranks with mpiexec, a server included"
     )
     train.set_defaults(run=_train)
+
+    simulate = commands.add_parser(
+        "simulate",
+        help="the same run with many agents in one process",
+        description="What train does with N ranks, without MPI: as an oracle, and for more agents "
+        "than a machine has cores.",
+    )
+    simulate.add_argument("config", metavar="RUN.toml")
+    simulate.add_argument("overrides", nargs="*", metavar="section.key=value")
+    simulate.add_argument("--agents", type=int, metavar="N", help="how many; required")
+    simulate.add_argument(
+        "--one-by-one", action="store_true", help="not many agents at a time, whatever the model"
+    )
+    simulate.set_defaults(run=_simulate)
 
     graph = commands.add_parser("graph", help="what a topology and its mixing matrix are worth")
     graph.add_argument(

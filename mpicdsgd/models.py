@@ -6,6 +6,7 @@ from itertools import pairwise
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -20,10 +21,11 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 class ModelConfig:
     """The config's [model] section."""
 
-    #: cnn, big-cnn, fcn (the authors'), logistic, mlp, resnet20, or "package.module:factory",
-    #: which is called with args
+    #: cnn, big-cnn, fcn (the authors'), linear, logistic, mlp, quadratic, resnet20, or
+    #: "package.module:factory", which is called with args
     name: str = "cnn"
-    #: cross_entropy, mse, or "package.module:function" of (outputs, targets) to their mean loss
+    #: cross_entropy, least_squares, mse, or "package.module:function" of (outputs, targets) to
+    #: their mean loss
     loss: str = "cross_entropy"
     #: the factory's keyword arguments
     args: dict[str, Any] = field(default_factory=dict)
@@ -70,6 +72,8 @@ def build(config: ModelConfig, input_shape: Shape, classes: int | None) -> nn.Mo
     check_arguments(builtin, config.args, "model.args", given=2, optional=("outputs",))
     args = dict(config.args)
     outputs = args.pop("outputs", classes)
+    if outputs is None and builtin is quadratic:
+        outputs = prod(input_shape)
     if outputs is None:
         raise UserError("the data have no classes: set model.args.outputs, the number of outputs")
     if not _is_count(outputs) or outputs < (classes or 1):
@@ -83,18 +87,21 @@ def loss_function(config: ModelConfig) -> Loss:
     """Return the function of (outputs, targets) that gives the batch's mean loss, shape ().
 
     ``cross_entropy``: outputs are logits, targets class labels or probabilities. ``mse``: targets
-    as many numbers as outputs; class labels become one-hot rows.
+    as many numbers as outputs; class labels become one-hot rows; the mean is over outputs too.
+    ``least_squares``: |output - target|^2 / 2, targets as of ``mse``.
 
     Raises:
         UserError: unknown name.
     """
-    losses: dict[str, Loss] = {"cross_entropy": _cross_entropy, "mse": _mse}
+    losses: dict[str, Loss] = {
+        "cross_entropy": _cross_entropy, "least_squares": _least_squares, "mse": _mse
+    }  # fmt: skip
     if ":" in config.loss:
         return load_function(config.loss, "model.loss")
     if config.loss not in losses:
         raise UserError(
             f'model.loss = "{config.loss}" is not known{nearest(config.loss, losses)} '
-            '(cross_entropy, mse or "package.module:function")'
+            f'({", ".join(losses)} or "package.module:function")'
         )
     return losses[config.loss]
 
@@ -109,14 +116,24 @@ def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _mse(outputs: Tensor, targets: Tensor) -> Tensor:
+    return functional.mse_loss(outputs, _as_outputs("mse", outputs, targets))
+
+
+def _least_squares(outputs: Tensor, targets: Tensor) -> Tensor:
+    error = outputs - _as_outputs("least_squares", outputs, targets)
+    return 0.5 * (error * error).sum() / len(outputs)
+
+
+def _as_outputs(loss: str, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Targets as numbers of the outputs' shape and dtype; class labels become one-hot rows."""
     if not targets.is_floating_point() and targets.dim() == 1 and outputs.dim() == 2:
         targets = functional.one_hot(targets, outputs.shape[1])
     if targets.numel() != outputs.numel():  # torch would broadcast
         raise UserError(
-            f'model.loss = "mse": outputs of shape {tuple(outputs.shape)} do not fit targets of '
+            f'model.loss = "{loss}": outputs of shape {tuple(outputs.shape)} do not fit targets of '
             f"shape {tuple(targets.shape)}: set model.args.outputs"
         )
-    return functional.mse_loss(outputs, targets.reshape(outputs.shape).to(outputs.dtype))
+    return targets.reshape(outputs.shape).to(outputs.dtype)
 
 
 def cnn(input_shape: Shape, outputs: int, dropout: float = 0.25) -> nn.Module:
@@ -174,6 +191,11 @@ def fcn(input_shape: Shape, outputs: int) -> nn.Module:
 
 def logistic(input_shape: Shape, outputs: int) -> nn.Module:
     """Logistic (softmax) regression: one dense layer, zero at the start."""
+    return linear(input_shape, outputs)
+
+
+def linear(input_shape: Shape, outputs: int) -> nn.Module:
+    """Linear regression: one dense layer, zero at the start."""
     model = mlp(input_shape, outputs, hidden=[])
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
@@ -189,6 +211,27 @@ def mlp(input_shape: Shape, outputs: int, hidden: Sequence[int] = (256, 128)) ->
     for before, after in pairwise(widths):
         layers += [nn.Linear(before, after), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
+
+
+def quadratic(input_shape: Shape, outputs: int) -> nn.Module:
+    """A point x, zero at the start, that is the output for every input.
+
+    With the loss ``least_squares`` and targets b it is the mean of |x - b|^2 / 2.
+
+    Args:
+        input_shape: of one sample; where there are no classes, its size is that of x.
+        outputs: coordinates of x.
+    """
+    return _Quadratic(outputs)
+
+
+class _Quadratic(nn.Module):
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.x.expand(len(inputs), -1)
 
 
 def resnet20(input_shape: Shape, outputs: int) -> nn.Module:
@@ -273,7 +316,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "cnn": cnn,
     "big-cnn": big_cnn,
     "fcn": fcn,
+    "linear": linear,
     "logistic": logistic,
     "mlp": mlp,
+    "quadratic": quadratic,
     "resnet20": resnet20,
 }

@@ -31,7 +31,7 @@ from mpicdsgd.exchange import AgentFault
 from mpicdsgd.links.server import Server
 from mpicdsgd.measure import RunningMeans, StepTrace, accuracy, measure, ratio
 from mpicdsgd.minibatch import minibatch_step
-from mpicdsgd.progress import Progress
+from mpicdsgd.progress import Progress, evaluation, reached
 from mpicdsgd.runconfig import Config, as_json, check, differences, every
 from mpicdsgd.specs import graph_from_spec, mixing_from_spec
 from mpicdsgd.trace import Recorder
@@ -236,15 +236,9 @@ class Run:
         }
         self._last = line
         self._metrics.append(line)
-        test, average = line["test_accuracy"], line["averaged_model"]
-        centre = f", centre {line['centre']['test_accuracy']:.4f}" if "centre" in line else ""
-        self._shown = f"  test accuracy {test['mean']:.4f}"
+        self._shown = f"  {reached(line)}"
         self._progress.line(
-            f"epoch {line['epoch']:g}  step {done}/{self.total_steps}  "
-            f"train loss {line['train_loss']['mean']:.4f}  test loss "
-            f"{line['test_loss']['mean']:.4f}  test accuracy {test['mean']:.4f} "
-            f"(std {test['std']:.4f}, averaged model {average['test_accuracy']:.4f}{centre})  "
-            f"consensus distance {line['consensus']['max']:.2e}  {line['time_s']:.0f} s, "
+            f"{evaluation(line, self.total_steps)}, "
             f"{1e3 * line['wait_s'] / max(done, 1):.1f} ms a step waiting"
         )
 

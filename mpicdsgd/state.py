@@ -18,7 +18,10 @@ _CUDA = "random/cuda"
 
 
 def seed_generators(seed: int, stream: int) -> None:
-    """Seed torch's, NumPy's and Python's global generators for one use of a run. Local."""
+    """Seed torch's, NumPy's and Python's generators: a run's ``seed``, and which use of it. Local.
+
+    Stream 0 is for the parameters that all agents begin with, j + 1 for agent j's own draws.
+    """
     word = int(np.random.SeedSequence([seed, stream]).generate_state(1)[0])
     torch.manual_seed(word)
     np.random.seed(word)

@@ -41,8 +41,8 @@ if TYPE_CHECKING:  # a trace is read without MPI
     Number = float | torch.Tensor
 
 # Over agents; lr is the same on all. The later ones a trace may lack.
-_SUMS = ("loss", "disagreement", "gradient", "batch", "penalty", "moved")
-_COLUMNS = ("lr", *_SUMS)
+SUMS = ("loss", "disagreement", "gradient", "batch", "penalty", "moved")
+_COLUMNS = ("lr", *SUMS)
 _OPTIONAL = ("penalty", "moved")
 
 
@@ -71,6 +71,47 @@ class Trace:
     moved: NDArray[np.float64]
 
 
+class Lines:
+    """The file ``trace.gNNNN.jsonl``, kept as `record.Metrics` says. Local.
+
+    Args:
+        run_dir, generation, resume_step, enabled, resume_generation: see there.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        generation: int,
+        resume_step: int | None = None,
+        enabled: bool = True,
+        resume_generation: int | None = None,
+    ) -> None:
+        self._file = record.Metrics(
+            run_dir,
+            generation,
+            resume_step,
+            enabled,
+            resume_generation=resume_generation,
+            name="trace",
+        )
+
+    def append(self, first: int, lr: list[float], everyone: NDArray[np.float64]) -> None:
+        """Add the line of the steps from ``first`` on, on the disk when this returns.
+
+        Args:
+            lr: of each step, on all agents.
+            everyone: see `line_of`.
+        """
+        self._file.append(line_of(first, lr, everyone))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
 class Recorder:
     """Collects a run's steps and writes their sums. Making it is local, `flush` collective.
 
@@ -95,14 +136,7 @@ class Recorder:
     ) -> None:
         self._comm = comm
         self._steps: list[tuple[float, Number, int, Number, Number]] = []
-        self._lines = record.Metrics(
-            run_dir,
-            generation,
-            resume_step,
-            comm.rank == 0,
-            resume_generation=resume_generation,
-            name="trace",
-        )
+        self._lines = Lines(run_dir, generation, resume_step, comm.rank == 0, resume_generation)
 
     def add(
         self,
@@ -141,9 +175,8 @@ class Recorder:
         # may flush at other ones.
         everyone = np.empty((self._comm.size, *mine.shape)) if self._comm.rank == 0 else None
         self._comm.Gather(mine, everyone, root=0)
-        if everyone is None:
-            return
-        self._lines.append(line_of(measured[0].step, [step[0] for step in steps], everyone))
+        if everyone is not None:
+            self._lines.append(measured[0].step, [step[0] for step in steps], everyone)
 
     def close(self) -> None:
         """Close the file. Local."""
@@ -159,7 +192,7 @@ def line_of(first: int, lr: list[float], agents_NKS: NDArray[np.float64]) -> dic
         agents_NKS: loss, disagreement, gradient, batch, penalty and moved of each agent in each
             step, shape (N, K, 6); what nobody has measured is NaN, and left out.
     """
-    sums = dict(zip(_SUMS, agents_NKS.sum(axis=0).T.tolist(), strict=True))
+    sums = dict(zip(SUMS, agents_NKS.sum(axis=0).T.tolist(), strict=True))
     sums["batch"] = [int(samples) for samples in sums["batch"]]
     for name in _OPTIONAL:
         if all(math.isnan(value) for value in sums[name]):

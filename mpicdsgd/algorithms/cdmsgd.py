@@ -21,9 +21,8 @@ from typing import Any, Literal
 import torch
 
 from mpicdsgd.agents import Agents
-from mpicdsgd.algorithms.forms import with_momentum
+from mpicdsgd.algorithms.forms import check_nesterov, with_momentum
 from mpicdsgd.arena import Coefficients
-from mpicdsgd.errors import UserError
 from mpicdsgd.exchange import ExchangeConfig
 from mpicdsgd.optim import AgentOptimizer
 
@@ -59,8 +58,7 @@ class CDMSGD(AgentOptimizer):
         debug: bool = False,
     ) -> None:
         with agents.agreement("CDMSGD()"):
-            if nesterov not in (True, False, "look-ahead"):
-                raise UserError(f'nesterov must be true, false or "look-ahead", got {nesterov!r}')
+            check_nesterov(nesterov)
         self.look_ahead = nesterov == "look-ahead"
         self._nesterov = nesterov is True
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}

@@ -139,7 +139,7 @@ def _mixed(
 
 
 def make_scheduler(
-    config: OptimConfig, optimizer: AgentOptimizer, total_steps: int
+    config: OptimConfig, optimizer: torch.optim.Optimizer, total_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """The schedule that ``config`` names, to be stepped after every step. Local.
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from mpicdsgd.algorithms.checks import at_least_zero, below_one
 from mpicdsgd.arena import Coefficients
+from mpicdsgd.errors import UserError
 
 
 def plain(group: dict[str, Any]) -> Coefficients:
@@ -14,6 +15,12 @@ def plain(group: dict[str, Any]) -> Coefficients:
         alpha=at_least_zero("lr", group["lr"]),
         decay=at_least_zero("weight_decay", group["weight_decay"]),
     )
+
+
+def check_nesterov(value: object) -> None:
+    """Raise a UserError unless ``value`` is one of `CDMSGD`'s forms."""
+    if value not in (True, False, "look-ahead"):
+        raise UserError(f'nesterov must be true, false or "look-ahead", got {value!r}')
 
 
 def with_momentum(group: dict[str, Any], nesterov: bool) -> Coefficients:

@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 
 from mpicdsgd.agents import Agents
 from mpicdsgd.algorithms.checks import seconds
-from mpicdsgd.algorithms.forms import plain, with_momentum
+from mpicdsgd.algorithms.forms import check_nesterov, plain, with_momentum
 from mpicdsgd.arena import Coefficients
-from mpicdsgd.errors import UserError
 from mpicdsgd.exchange import ExchangeConfig
 from mpicdsgd.links.gradients import MeanGradients
 from mpicdsgd.optim import AgentOptimizer
@@ -107,8 +106,7 @@ class MSGD(SGD):
         debug: bool = False,
     ) -> None:
         with agents.agreement("MSGD()"):
-            if nesterov not in (True, False, "look-ahead"):
-                raise UserError(f'nesterov must be true, false or "look-ahead", got {nesterov!r}')
+            check_nesterov(nesterov)
         self.look_ahead = nesterov == "look-ahead"
         self._nesterov = nesterov is True
         super().__init__(

@@ -1,6 +1,6 @@
 """From the config's [data] section to this agent's samples."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,20 +12,21 @@ from mpicdsgd.data.digits import digits
 from mpicdsgd.data.hdf5 import hdf5
 from mpicdsgd.data.mnist import mnist
 from mpicdsgd.data.partition import partition
-from mpicdsgd.data.samples import Samples
+from mpicdsgd.data.samples import Indices, Samples
 from mpicdsgd.data.source import Source
+from mpicdsgd.data.synthetic import SYNTHETIC, synthetic
 from mpicdsgd.errors import UserError
 from mpicdsgd.plugins import nearest
 
-KNOWN = ("mnist", "cifar10", "cifar100", "digits", "hdf5")
+KNOWN = ("mnist", "cifar10", "cifar100", "digits", "hdf5", *SYNTHETIC)
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """The config's [data] section."""
 
-    #: mnist, cifar10, cifar100, digits, hdf5, or "package.module:function", which is called with
-    #: (path, seed, **args) and returns (train, test)
+    #: mnist, cifar10, cifar100, digits, hdf5; made up: gaussians, linear, points; or a function
+    #: "package.module:function", called with (path, seed, **args), that returns (train, test)
     name: str = "mnist"
     #: folder of the data set in its original format (hdf5: the file)
     path: str = ""
@@ -43,7 +44,8 @@ class DataConfig:
     workers: int = 0
     #: leave out an epoch's last batch if it is not full
     drop_last: bool = False
-    #: for hdf5: classes, mean, std; for a function of one's own: its keyword arguments
+    #: for hdf5: classes, mean, std; for made-up data: see `synthetic`; for a function of one's own:
+    #: its keyword arguments
     args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -76,18 +78,65 @@ def load(config: DataConfig, seed: int, rank: int, size: int) -> Data:
         UserError: a bad config, missing or damaged files, fewer samples than agents.
     """
     assert 0 <= rank < size
-    _check(config, seed)
-    source = _source(config, seed)
-    count = min(config.limit or source.train_count, source.train_count)
-    labels = count if source.labels is None else source.labels[:count]
-    shares = partition(config.partition, labels, size, source.classes, seed)
+    source, shares = _divided(config, seed, size)
     return Data(
-        train=source.train(shares[rank].astype(np.int64)),
-        test=source.test(min(config.test_limit or source.test_count, source.test_count)),
+        train=source.train(shares[rank]),
+        test=_test(source, config),
         shares=tuple(len(share) for share in shares),
         classes=source.classes,
         input_shape=source.input_shape,
     )
+
+
+@dataclass(frozen=True)
+class Everyone:
+    """What all agents have of the data, in one process.
+
+    Args:
+        train: the training set as far as it is used.
+        indices: the samples of it that are each agent's share, int64, in agent order.
+        share: makes an agent's share, as `load` does.
+        test, classes, input_shape: as of `Data`.
+    """
+
+    train: Samples
+    indices: tuple[Indices, ...]
+    share: Callable[[int], Samples]
+    test: Samples
+    classes: int | None
+    input_shape: tuple[int, ...]
+
+
+def load_everyone(config: DataConfig, seed: int, size: int) -> Everyone:
+    """Read the data set once and return the parts of all ``size`` agents, as `load` divides it.
+
+    Raises:
+        UserError: as `load`.
+    """
+    source, shares = _divided(config, seed, size)
+    count = sum(len(share) for share in shares)
+    return Everyone(
+        train=source.train(np.arange(count)),
+        indices=tuple(shares),
+        share=lambda agent: source.train(shares[agent]),
+        test=_test(source, config),
+        classes=source.classes,
+        input_shape=source.input_shape,
+    )
+
+
+def _divided(config: DataConfig, seed: int, size: int) -> tuple[Source, list[Indices]]:
+    """The data set, and the indices of each agent's share of it."""
+    _check(config, seed)
+    source = _source(config, seed, size)
+    count = min(config.limit or source.train_count, source.train_count)
+    labels = count if source.labels is None else source.labels[:count]
+    shares = partition(config.partition, labels, size, source.classes, seed)
+    return source, [share.astype(np.int64) for share in shares]
+
+
+def _test(source: Source, config: DataConfig) -> Samples:
+    return source.test(min(config.test_limit or source.test_count, source.test_count))
 
 
 def _check(config: DataConfig, seed: int) -> None:
@@ -100,7 +149,7 @@ def _check(config: DataConfig, seed: int) -> None:
             raise UserError(f"data.{key} = {getattr(config, key)}: it must not be negative")
 
 
-def _source(config: DataConfig, seed: int) -> Source:
+def _source(config: DataConfig, seed: int, size: int) -> Source:
     name, path, args = config.name, config.path, config.args
     if ":" in name:
         return custom(name, path, seed, args, config.workers)
@@ -112,6 +161,9 @@ def _source(config: DataConfig, seed: int) -> Source:
             f'data.name = "{name}" is not known{nearest(name, KNOWN)} '
             f'({", ".join(KNOWN)} or "package.module:function")'
         )
+    if name in SYNTHETIC:
+        return synthetic(name, size, seed, args, in_order=config.partition == "contiguous",
+                         whole=config.limit == 0)  # fmt: skip
     _allow(args, (), name)
     if name == "mnist":
         return mnist(path, config.normalize)

@@ -101,7 +101,7 @@ def test_a_files_momentum_stays_for_whom_the_command_line_names(tmp_path: Path) 
     jobs = Path(__file__).parents[2] / "jobs"
     for file in jobs.glob("*.toml"):
         for name in settings.NAMES:
-            check(load_config(file, [f"optim.name={name}"]))
+            check(load_config(file, [f"optim.name={name}", "run.theory=false"]))
     # But a value that changes another algorithm's setting is a mistake there, too.
     with pytest.raises(UserError, match=r"optim\.period = 3 is for easgd and eamsgd only"):
         check(load(tmp_path, "[optim]\nname = 'sgd'\nperiod = 3"))
