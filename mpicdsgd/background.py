@@ -60,8 +60,8 @@ class Background:
 
     Attributes:
         step: of the newest checkpoint that this rank knows to be there, or None.
-        seconds: how long the last one took from `save` to its manifest, as rank 0 saw it; 0.0
-            where there was none yet, and on other ranks.
+        seconds: how long it took at most from `save` to the manifest, as rank 0 saw it; 0.0 where
+            there was none yet, and on other ranks.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Background:
         self._run_dir, self._generation, self._keep = Path(run_dir), generation, keep
         self._comm: MPI.Intracomm = comm.Dup()
         self._process: WriterProcess | None = None
-        self._cannot = False
+        self._cannot = self._closed = False
         self._job: _UnderWay | None = None
         self._since = 0.0
 
@@ -158,8 +158,11 @@ class Background:
             state.discard(job.place, self._comm.rank)
 
     def close(self) -> None:
-        """`finish`, and end the process. Collective."""
+        """`finish`, and end the process. Collective; a second call does nothing."""
+        if self._closed:
+            return
         self.finish()
+        self._closed = True
         if self._process is not None:
             self._process.close()
             self._process = None
@@ -244,6 +247,6 @@ class Background:
             state.discard(job.place, 0)  # the manifest goes before any other rank's file does
         else:
             self.step = job.about.step
-            self.seconds = time.monotonic() - self._since
+            self.seconds = max(self.seconds, time.monotonic() - self._since)
         state.say(job.about.step, problems, remark)
         job.written = not problems

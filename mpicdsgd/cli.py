@@ -1,6 +1,7 @@
-"""The command line: ``mpicdsgd train | simulate | graph | theory | plot ...``.
+"""The command line: ``mpicdsgd train | submit | simulate | graph | theory | plot ...``.
 
-Exit codes: 0 done, 2 a user's mistake (one line on stderr, on no rank a traceback), 1 all else.
+Exit codes: 0 done, 2 a user's mistake (one line on stderr, on no rank a traceback), 80 stopped with
+a checkpoint (see `stop`), 1 all else.
 MPI and torch are imported by the commands that need them, so the others work on a login node.
 """
 
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from mpicdsgd import __version__, launch
+from mpicdsgd import __version__, launch, stopsignals
 from mpicdsgd.errors import UserError
 
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _mistake(error: UserError) -> int:
     """Print ``error`` once; if only this rank has it, end the others too, with the same code."""
-    if "mpicdsgd.shutdown" not in sys.modules:
+    if not _started():
         print(f"mpicdsgd: {error}", file=sys.stderr)
         return 2
     from mpi4py import MPI
@@ -55,7 +56,7 @@ def _mistake(error: UserError) -> int:
     from mpicdsgd import shutdown
 
     if not shutdown.in_job() or error.raised_on_all_ranks:
-        if MPI.COMM_WORLD.rank == 0:
+        if MPI.COMM_WORLD.rank == 0 and (shutdown.in_job() or _first()):
             print(f"mpicdsgd: {error}", file=sys.stderr)
         return 2
     print(f"mpicdsgd: rank {MPI.COMM_WORLD.rank}: {error}", file=sys.stderr)
@@ -63,10 +64,19 @@ def _mistake(error: UserError) -> int:
     return 2
 
 
+def _started() -> bool:
+    """Whether this process has started MPI."""
+    if "mpicdsgd.shutdown" not in sys.modules:
+        return False
+    from mpi4py import MPI
+
+    return bool(MPI.Is_initialized())
+
+
 def _interrupted() -> int:
     """Say so in one line, and end the other ranks too."""
     message = "mpicdsgd: interrupted; the same command goes on from the newest checkpoint"
-    if "mpicdsgd.shutdown" not in sys.modules:
+    if not _started():
         print("mpicdsgd: interrupted", file=sys.stderr)
         return 1
     from mpicdsgd import shutdown
@@ -88,6 +98,7 @@ def _on_interrupt(number: int, frame: object) -> NoReturn:
 def _train(arguments: argparse.Namespace) -> int:
     if arguments.agents is not None and not launch.inside_job():
         launch.relaunch(arguments.agents, ["train", arguments.config, *arguments.overrides])
+    stopsignals.catch()  # first of all: a signal may come while torch is imported
     from mpi4py import MPI
 
     from mpicdsgd import shutdown
@@ -102,6 +113,8 @@ def _train(arguments: argparse.Namespace) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _on_interrupt)
     comm = MPI.COMM_WORLD
+    if text := launch.lonely(os.environ, comm.size, MPI.Get_library_version()):
+        raise UserError(text)
     with agreement(comm, "reading the config"):
         if arguments.agents not in (None, comm.size):
             raise UserError(
@@ -110,7 +123,8 @@ def _train(arguments: argparse.Namespace) -> int:
             )
         config = load_config(Path(arguments.config), arguments.overrides)
     code, last = train(config, comm)
-    if comm.rank == 0 and last is not None:
+    stopsignals.ignore()
+    if comm.rank == 0 and last is not None and code == 0:
         where = f" on {config.agents.topology}" if uses_graph(config.optim) else ""
         where += " and a server" if needs_server(config.optim) else ""
         print(summary(last, where, config.run.dir))
@@ -147,6 +161,26 @@ def _simulate(arguments: argparse.Namespace) -> int:
         )
         return 1
     print(summary(last, f" on {config.agents.topology}", config.run.dir))
+    return 0
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from mpicdsgd import submit
+
+    site = Path(arguments.site) if arguments.site else submit.default_site()
+    request = submit.Request(
+        nodes=arguments.nodes,
+        time=arguments.time,
+        ranks_per_node=arguments.ranks_per_node,
+        gpus_per_node=arguments.gpus_per_node,
+        stop_before_s=arguments.stop_before,
+        site=site,
+        options=tuple(arguments.sbatch),
+    )
+    run_dir, text = submit.script(Path(arguments.config), arguments.overrides, request)
+    print(text, end="")
+    if not arguments.dry_run:
+        print(submit.submit(run_dir, text, site))
     return 0
 
 
@@ -339,6 +373,39 @@ def _parser() -> argparse.ArgumentParser:
         "--one-by-one", action="store_true", help="not many agents at a time, whatever the model"
     )
     simulate.set_defaults(run=_simulate)
+
+    submit = commands.add_parser(
+        "submit",
+        help="write a Slurm batch script for a run, and submit it",
+        description="The job stops with a checkpoint before its time limit, and goes on by itself.",
+    )
+    submit.add_argument("config", metavar="RUN.toml")
+    submit.add_argument("overrides", nargs="*", metavar="section.key=value")
+    submit.add_argument("--nodes", type=int, required=True, metavar="N")
+    submit.add_argument("--time", required=True, metavar="H:M:S", help="the limit of each start")
+    submit.add_argument(
+        "--ranks-per-node", type=int, default=1, metavar="R", help="one per GPU; default 1"
+    )
+    submit.add_argument("--gpus-per-node", type=int, default=0, metavar="G")
+    submit.add_argument(
+        "--stop-before",
+        type=int,
+        default=120,
+        metavar="SECONDS",
+        help="when the run is told to stop, before the limit; default 120",
+    )
+    submit.add_argument(
+        "--site", metavar="FILE", help="values of the site; default: MPICDSGD_SITE, jobs/site.sh"
+    )
+    submit.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="one more option of sbatch, as in --sbatch=--partition=gpu; may be given again",
+    )
+    submit.add_argument("--dry-run", action="store_true", help="only show the script")
+    submit.set_defaults(run=_submit)
 
     graph = commands.add_parser("graph", help="what a topology and its mixing matrix are worth")
     graph.add_argument(

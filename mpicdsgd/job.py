@@ -31,7 +31,9 @@ def train(config: Config, comm: MPI.Intracomm) -> tuple[int, dict[str, Any] | No
     """
     require_same(comm, "the config", repr(config.optim))  # else one waits for a server, or as one
     if not needs_server(config.optim):
-        return 0, Run(config, comm).train()
+        run = Run(config, comm)
+        last = run.train()
+        return run.code, last
     require_same(comm, "the config", repr(config))
     server = Server(comm)
     if server.is_here:
@@ -40,9 +42,10 @@ def train(config: Config, comm: MPI.Intracomm) -> tuple[int, dict[str, Any] | No
         agents = agents_in_words(server.comm.size)
         log.info("%s, and rank %d as the server", agents, server.rank)
     try:
-        last = Run(config, server.comm, server).train()
+        run = Run(config, server.comm, server)
+        last = run.train()
     except UserError:
         server.close(2)
         raise
-    server.close()
-    return 0, last
+    server.close(run.code)
+    return run.code, last

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from mpicdsgd import stopsignals
 from mpicdsgd.errors import UserError
 from mpicdsgd.userfiles import check_file, printable, read_text
 
@@ -123,14 +124,15 @@ def _read_hdf5(path: str, shown: str, dataset: str, n: int) -> npt.NDArray[np.fl
     # -P: nothing is imported from the current folder.
     command = [sys.executable, "-P", str(_HDF5_READER), os.path.abspath(path), dataset, str(n)]
     try:
-        done = subprocess.run(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=HDF5_TIMEOUT_S,
-            check=False,
-        )
+        with stopsignals.not_for_children():
+            done = subprocess.run(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=HDF5_TIMEOUT_S,
+                check=False,
+            )
     except subprocess.TimeoutExpired:
         raise UserError(f"{shown}: HDF5 hangs on this file: it is damaged: write it anew") from None
     except (OSError, ValueError):  # no process can be started, or a name the system cannot take

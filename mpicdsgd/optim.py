@@ -85,6 +85,7 @@ class AgentOptimizer(OpenOptimizer):
         """A step without gradient: x <- sum_l Pi[j,l] x_l, v kept. Collective, as `step`."""
         self._begin()
         self.stepper.advance(self.arena.mix_only_segments())
+        self._opt_called = True  # else torch's schedulers warn that no step was made before theirs
 
     @torch.no_grad()
     def publish(self) -> None:

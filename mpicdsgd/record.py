@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mpicdsgd import stopsignals
 from mpicdsgd.errors import UserError
 from mpicdsgd.runfolder import is_regular, reason, strict, swing_link, write_whole
 
@@ -190,7 +191,10 @@ def _commit() -> str:
     def git(*words: str) -> str:
         command = ["git", "-C", str(root), *words]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+            with stopsignals.not_for_children():
+                done = subprocess.run(
+                    command, capture_output=True, text=True, timeout=20, check=True
+                )
         except (OSError, subprocess.SubprocessError):
             return ""
         return done.stdout.strip()

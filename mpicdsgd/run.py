@@ -34,6 +34,7 @@ from mpicdsgd.minibatch import minibatch_step
 from mpicdsgd.progress import Progress, evaluation, reached
 from mpicdsgd.runconfig import Config, as_json, check, differences, every
 from mpicdsgd.specs import graph_from_spec, mixing_from_spec
+from mpicdsgd.stop import Stop, remove_marker
 from mpicdsgd.trace import Recorder
 
 log = logging.getLogger("mpicdsgd")
@@ -46,6 +47,9 @@ class Run:
 
     Args:
         server: where the algorithm needs one.
+
+    Attributes:
+        code: what the program is to end with, once `train` has returned: 0, or see `stop`.
 
     Raises:
         UserError: on every rank, for anything wrong with config, files or run folder.
@@ -90,6 +94,8 @@ class Run:
             agents.broadcast(self.model)
         state.seed_generators(seed, agents.rank + 1)
         snapshot = self._open_folder()
+        self.code = 0
+        self._stop = Stop(agents, config.run, server)
         buffers = [b for b in self.model.buffers() if b.dtype == torch.float32]
         with agents.agreement("optimizer"):
             self.optimizer = make_optimizer(
@@ -140,26 +146,39 @@ class Run:
         self._progress = Progress(self.total_steps, first, done=self.optimizer.steps)
 
     def train(self) -> dict[str, Any] | None:
-        """Train to the end. Collective. Returns the last line of metrics, on all agents.
+        """Train to the end, or till a stop. Collective. Returns the last line of metrics.
 
         Raises:
             UserError: on every rank, where an agent's loss or parameters stop being finite.
         """
         try:
             with self._progress:
-                while self.optimizer.steps < self.total_steps:
+                while self.optimizer.steps < self.total_steps and not self.optimizer.stopping:
                     self._epoch()
+                self._end()
         except (AgentFault, UserError) as error:
             if isinstance(error, UserError) and not error.raised_on_all_ranks:
                 raise
             self._writer.close()
             raise self._as_mistake(error) from None
+        return self._last
+
+    def _end(self) -> None:
+        done = self.optimizer.steps
+        if done < self.total_steps:  # written once, if it is a checkpoint's step anyway
+            with self._stop.beside():
+                self._save()
         self._writer.close()
         self.optimizer.close()
         self._metrics.close()
         if self._trace is not None:
             self._trace.close()
-        return self._last
+        if done < self.total_steps:
+            self.code = self._stop.leave(done, self._writer.step, self.agents.generation)
+        else:
+            with self.agents.agreement("the marker"):
+                if self.agents.rank == 0:
+                    remove_marker(self._dir)
 
     def _epoch(self) -> None:
         epoch, position = divmod(self.optimizer.steps, self.shuffler.steps_per_epoch)
@@ -168,14 +187,19 @@ class Run:
         batches = self.shuffler.batches(epoch, position)
         made = self.data.train.batches(batches, epoch)
         for inputs, targets in to_device(made, self.agents.device):
+            self._stop.look(self.optimizer, self._writer.seconds)
             self._step(inputs, targets)
             self._writer.progress()
             done = self.optimizer.steps
             at_end = done == self.total_steps
             if at_end or (self._evaluate_every and done % self._evaluate_every == 0):
-                self._evaluate()
+                with self._stop.beside():
+                    self._evaluate()
             if at_end or (self._save_every and done % self._save_every == 0):
-                self._save()
+                with self._stop.beside():
+                    self._save()
+            if self.optimizer.stopping:
+                return
 
     def _step(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         if not self.optimizer.takes_part:
@@ -323,6 +347,7 @@ class Run:
         with agents.agreement("run folder"):
             if agents.rank == 0:
                 generation = checkpoint.claim_generation(self._dir)
+                remove_marker(self._dir)
                 header = {
                     **versions,
                     "hosts": ", ".join(hosts),

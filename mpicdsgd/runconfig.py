@@ -35,6 +35,7 @@ class RunConfig:
     resume: str = "auto"  # or "never": begin anew, as a new generation of the run
     keep: int = 3  # checkpoints, the newest
     keep_every: str = "never"  # or "10 epochs", "5000 steps": checkpoints of these steps stay too
+    max_seconds: float = 0.0  # stop with a checkpoint before; 0: no limit
     tensorboard: bool = False
     theory: bool = False  # record what the theory speaks of, at every step: see `trace`
 
@@ -81,6 +82,11 @@ def check(config: Config) -> None:
     for name in ("epochs", "keep", "evaluate_batch"):
         if getattr(config.run, name) < 1:
             raise UserError(f"run.{name} must be at least 1")
+    if not (config.run.max_seconds >= 0 and math.isfinite(config.run.max_seconds)):
+        raise UserError(
+            f"run.max_seconds must be a finite number >= 0 (0: no limit), "
+            f"got {config.run.max_seconds}"
+        )
     settings.check(config.optim)
     if config.run.theory and not settings.mixes_by_matrix(config.optim):
         raise UserError(
@@ -126,6 +132,6 @@ def differences(then: Any, now: Any, where: str = "") -> list[str]:
 
 
 MAY_CHANGE = (
-    "run.dir", "run.resume", "run.keep", "run.keep_every", "run.epochs", "run.tensorboard",
-    "run.theory", "data.path",
+    "run.dir", "run.resume", "run.keep", "run.keep_every", "run.epochs", "run.max_seconds",
+    "run.tensorboard", "run.theory", "data.path",
 )  # fmt: skip

@@ -74,7 +74,9 @@ def forget(resource: Drainable) -> None:
 
 def in_job() -> bool:
     """Whether this process is a rank among several, and not a child of one."""
-    return os.getpid() == _pid and not MPI.Is_finalized() and MPI.COMM_WORLD.size > 1
+    if os.getpid() != _pid or not MPI.Is_initialized() or MPI.Is_finalized():
+        return False
+    return MPI.COMM_WORLD.size > 1
 
 
 def is_rank() -> bool:

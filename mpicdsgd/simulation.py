@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Simulation:
 
     Attributes:
         total_steps: of the run.
+        layout: where the model's tensors lie in a row of `x`.
         seconds: spent so far on gradients, updates and evaluations.
 
     Raises:
@@ -50,7 +51,7 @@ class Simulation:
             raise UserError(f"a simulation needs at least one agent, got {agents}")
         self.config, self._agents = config, agents
         start = prepare(config, agents, one_by_one)
-        self._start, self.stack = start, start.stack
+        self._start, self.stack, self.layout = start, start.stack, start.layout
         per_epoch = start.together.steps_per_epoch
         self.total_steps = config.run.epochs * per_epoch
         self._scheduler = start.scheduler(config.optim, self.total_steps)
@@ -73,8 +74,16 @@ class Simulation:
         """Steps completed."""
         return self.stack.steps
 
-    def run(self) -> dict[str, Any]:
+    @property
+    def x(self) -> NDArray[np.float32]:
+        """The agents' parameters (and mixed buffers), shape (N, D): a view, not to be written."""
+        return self.stack.x.numpy()
+
+    def run(self, watch: Callable[[], None] | None = None) -> dict[str, Any]:
         """Go to the end. Returns the last line of metrics.
+
+        Args:
+            watch: called after every step, to look at `x`.
 
         Raises:
             UserError: an agent's loss or parameters stop being finite. What was written is kept, as
@@ -86,6 +95,8 @@ class Simulation:
                 self.stack.publish()
                 while self.steps < self.total_steps:
                     self._step()
+                    if watch is not None:
+                        watch()
                     at_end = self.steps == self.total_steps
                     if at_end or (self._evaluate_every and self.steps % self._evaluate_every == 0):
                         line = self._evaluate()

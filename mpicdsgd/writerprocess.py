@@ -22,7 +22,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpicdsgd import snapshot
+from mpicdsgd import snapshot, stopsignals
 from mpicdsgd.manifest import FileEntry, place_of
 from mpicdsgd.rankfile import About, Arrays
 
@@ -48,13 +48,14 @@ class WriterProcess:
         # -P: a file in the working folder that is called like a module is not that module.
         words = [sys.executable, "-P", "-m", "mpicdsgd.writerprocess", str(self._memory)]
         try:
-            self._process = subprocess.Popen(
-                words,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                pass_fds=[self._memory],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
+            with stopsignals.not_for_children():  # until it ignores them by itself
+                self._process = subprocess.Popen(
+                    words,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    pass_fds=[self._memory],
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                )
         except OSError:
             os.close(self._memory)
             raise

@@ -9,7 +9,7 @@ export OMP_NUM_THREADS=1 # several ranks share few cores
 ruff check .
 ruff format --check .
 mypy
-shellcheck jobs/*.sh tests/*.sh bench/*.sh .ci/run
+shellcheck jobs/*.sh jobs/*.sbatch tests/*.sh tests/slurm/*.sh bench/*.sh .ci/run
 
 python -m pytest tests/unit "$@"
 for ranks in 1 2 4 5; do
@@ -17,3 +17,5 @@ for ranks in 1 2 4 5; do
     timeout 600 mpiexec -n "$ranks" python -m pytest tests/mpi "$@"
 done
 python -m pytest tests/jobs "$@"
+echo "== batch jobs on a Slurm of this machine"
+timeout 900 python -m pytest tests/slurm "$@"

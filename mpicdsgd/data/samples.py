@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from mpicdsgd import stopsignals
 from mpicdsgd.errors import UserError
 
 Indices: TypeAlias = NDArray[np.int64]
@@ -116,6 +117,7 @@ class DatasetSamples:
             sampler=list(index_arrays),
             num_workers=self.workers,
             multiprocessing_context="fork",
+            worker_init_fn=stopsignals.in_worker,
             generator=torch.Generator(),  # else the loader draws from the global one
         )
         with warnings.catch_warnings():

@@ -50,6 +50,7 @@ class Exchange:
         previous: what this agent published last, likewise; it may be the same memory.
         edges: how each neighbour's values come, and why that way.
         stop_step: after so many steps all agents stop, as far as known here.
+        stops_within: steps from a request until all agents stop, at most.
         fault: the least fault known here.
         fault_raised: whether it has been raised already, so that closing need not raise it again.
         wait_s, bytes_sent: totals since opening.
@@ -68,6 +69,7 @@ class Exchange:
         self._timeout_s = timeout_s
         self._generation = agents.generation
         self.stop_step = NEVER
+        self.stops_within = self._diameter + 1
         self.fault = Fault()
         self.fault_raised = False
         self.wait_s = 0.0

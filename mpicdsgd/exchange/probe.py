@@ -19,6 +19,7 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from mpicdsgd import gpu as gpus
+from mpicdsgd import stopsignals
 from mpicdsgd.agents import Agents
 from mpicdsgd.agreement import collect, wait_for
 from mpicdsgd.exchange.header import HEADER_BYTES
@@ -54,9 +55,10 @@ def _tried(command: tuple[str, ...]) -> str:
     """Why ``command`` did not succeed; once for all exchanges, as it takes seconds. Local."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHERS)}
     try:
-        done = subprocess.run(
-            command, env=env, capture_output=True, text=True, timeout=_ALONE_S, check=False
-        )
+        with stopsignals.not_for_children():
+            done = subprocess.run(
+                command, env=env, capture_output=True, text=True, timeout=_ALONE_S, check=False
+            )
     except subprocess.TimeoutExpired:
         return f"MPI given device pointers did not come back within {_ALONE_S:g} s"
     if done.returncode == 0:

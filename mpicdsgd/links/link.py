@@ -59,7 +59,7 @@ class Link:
         memory: the agent's parameters, set by `attach`.
         bytes_sent: by this agent since opening. A sum over all agents counts as what an optimal
             Allreduce sends, 2 (N - 1) / N of its bytes, as MPI does not say what it sends.
-        stop_step, fault, fault_raised, wait_s, before_closing: as of an `Exchange`.
+        stop_step, stops_within, fault, fault_raised, wait_s, before_closing: as of an `Exchange`.
     """
 
     published: Any = None  # nothing is published by the pass itself
@@ -71,6 +71,7 @@ class Link:
         self.comm: MPI.Intracomm = agents.comm.Dup()
         self.bytes_sent = 0
         self.fault_raised = False
+        self.stops_within = 2 * every
         self.before_closing: Callable[[], None] = _nothing
         self.waiter = Waiter(agents.rank, timeout_s * max(1.0, every / 4))
         self.waiter.meanwhile = self._meanwhile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,6 +55,8 @@ class Client(Link):
         self._kind, self._elasticity = kind, elasticity
         self._sent = torch.zeros(1, dtype=torch.int64)  # updates
         self._requests: list[MPI.Request] = []
+        self._news: list[MPI.Request] = []
+        self._signal = np.zeros(1, np.int64)
         self._state: dict[str, torch.Tensor] = {}  # on agent 0: the server's at the last rest
         if agents.rank == 0:
             names = ["x", "squares"] if kind == rules.ADAGRAD else ["x"]
@@ -82,6 +85,20 @@ class Client(Link):
 
     def opened(self, model_D: torch.Tensor) -> None:
         """The server has begun with ``model_D``."""
+
+    def post(self, step: int, mixing_round: int = 0, turn: int = 0) -> None:
+        super().post(step, mixing_round, turn)
+        if self.agents.rank == 0 and MPI.Request.Testall(self._news):
+            self._heard()
+            where = self._line.size - 1
+            self._news = [
+                self._line.Irecv(self._signal.view(np.float32), where, line.NEWS),
+                self._line.Isend(_NOTHING, where, line.NEWS),
+            ]
+
+    def _heard(self) -> None:
+        if self._signal[0]:
+            self._server.signal = signal.Signals(int(self._signal[0])).name.removeprefix("SIG")
 
     def rest(self) -> None:
         self._settle()
@@ -113,7 +130,7 @@ class Client(Link):
         return copy
 
     def end(self) -> Iterator[None]:
-        for _ in self.waiter.looks(All(list(self._requests)), _SERVER):
+        for _ in self.waiter.looks(All([*self._requests, *self._news]), _SERVER):
             yield
 
     def advance(self) -> bool:

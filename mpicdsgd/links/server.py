@@ -15,12 +15,12 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from mpicdsgd import shutdown
+from mpicdsgd import shutdown, stopsignals
 from mpicdsgd.agreement import TIMEOUT_S, Patience, agreement
 from mpicdsgd.errors import UserError
 from mpicdsgd.links.rules import Rule, rule_from
 
-OPEN, DUMP, LOAD, EXCHANGE, PUSH, FETCH, COUNT, CLOSE = range(1, 9)  # tags
+OPEN, DUMP, LOAD, EXCHANGE, PUSH, FETCH, COUNT, CLOSE, NEWS = range(1, 10)  # tags
 ANSWER = 0
 HEAD = 16  # float32 elements before the values of a message
 
@@ -39,6 +39,7 @@ class Server:
         is_here: whether this rank is the server.
         comm: the agents' communicator, MPI.COMM_NULL on the server.
         line: the communicator with the server, whose last rank it is.
+        signal: on agent 0, the one that the server got and that means a stop, as far as known.
 
     Raises:
         UserError: on every rank, if there are fewer than two.
@@ -56,6 +57,7 @@ class Server:
         self.is_here = comm.rank == self.rank
         self.comm = cast(MPI.Intracomm, comm.Split(MPI.UNDEFINED if self.is_here else 0))
         self.is_used = False  # by an optimizer
+        self.signal = ""
         self._code = np.zeros(1, np.int64)
         self._is_open = True
         shutdown.watch(self)
@@ -139,6 +141,10 @@ class _Desk:
         if tag == COUNT:
             self._answer(agent, self._applied[agent : agent + 1].view(np.float32))
             return
+        if tag == NEWS:
+            got = np.array([stopsignals.received() or 0], np.int64)
+            self._answer(agent, got.view(np.float32), NEWS)
+            return
         rule = self._rule
         assert rule is not None, "the first message is OPEN"
         if tag == DUMP:
@@ -167,11 +173,11 @@ class _Desk:
         """The whole state, to be written in place; bits, whatever their type."""
         return [*rule.arrays(), self._applied.view(np.float32)]
 
-    def _answer(self, agent: int, values: NDArray[np.float32]) -> None:
+    def _answer(self, agent: int, values: NDArray[np.float32], tag: int = ANSWER) -> None:
         """Send a copy, without waiting for the agent: it may be computing."""
         # A request keeps its buffer. An agent waits for what it asked before it asks again, so
         # there is no more than one model on its way to each.
-        request = self._line.Isend(values.copy(), agent, ANSWER)
+        request = self._line.Isend(values.copy(), agent, tag)
         self._replies.setdefault(agent, deque()).append(request)
 
     def _collect(self) -> None:

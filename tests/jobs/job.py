@@ -61,6 +61,21 @@ class Job:
     def running(self) -> bool:
         return self._process.poll() is None
 
+    @property
+    def pid(self) -> int:
+        """Of the launcher."""
+        return self._process.pid
+
+    def ranks(self) -> list[int]:
+        """The ranks' processes, in the order of their ranks."""
+        found: dict[int, int] = {}
+        for process in _descendants(self._process.pid):
+            words = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+            for word in words:
+                if word.startswith((b"PMI_RANK=", b"OMPI_COMM_WORLD_RANK=")):
+                    found[int(word.partition(b"=")[2])] = process
+        return [found[rank] for rank in sorted(found)]
+
     def kill(self) -> None:
         """``kill -9`` for the launcher and all ranks."""
         family = [*_descendants(self._process.pid), self._process.pid]

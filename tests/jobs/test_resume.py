@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import h5py
 import pytest
 from job import Job
+from samerun import checkpoints, metrics, same_run, same_trace
 
 pytestmark = pytest.mark.slow
 
@@ -64,52 +64,6 @@ def kill_there(start: Start, folder: Path, ranks: int, plan: Plan) -> None:
     assert out == "", "it was killed before its end"
 
 
-def checkpoints(run_dir: Path) -> list[Path]:
-    return sorted(run_dir.glob("checkpoints/step-*/manifest.*.json"))
-
-
-def last_state(run_dir: Path, ranks: int) -> dict[str, Any]:
-    """Every array of the last checkpoint as bytes, and the rest of its state but for times."""
-    folder = checkpoints(run_dir)[-1].parent
-    state: dict[str, Any] = {"step": folder.name}
-    for rank in range(ranks):
-        (path,) = folder.glob(f"rank-{rank:04d}.*.h5")
-        with h5py.File(path) as file:
-
-            def take(name: str, item: Any, rank: int = rank) -> None:
-                if isinstance(item, h5py.Dataset):
-                    state[f"{rank}/{name}"] = (str(item.dtype), item.shape, item[()].tobytes())
-
-            file["arrays"].visititems(take)
-            meta = json.loads(bytes(file["about"][()]))["meta"]
-        state[f"{rank}/meta"] = without_times(meta)
-    return state
-
-
-def without_times(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: without_times(v) for k, v in value.items() if k not in ("time_s", "wait_s")}
-    return value
-
-
-def metrics(run_dir: Path) -> list[Any]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [without_times(json.loads(line)) for line in lines]
-
-
-def same(folder: Path, ranks: int) -> None:
-    """The killed run is what the undisturbed one is."""
-    whole, killed = folder / "whole", folder / "killed"
-    assert metrics(killed) == metrics(whole)
-    trace = (whole / "trace.jsonl").read_text()
-    assert (killed / "trace.jsonl").read_text() == trace
-    assert json.loads(trace.splitlines()[-1])["step"] == metrics(whole)[-1]["step"]
-    expected, found = last_state(whole, ranks), last_state(killed, ranks)
-    assert found.keys() == expected.keys()
-    assert [key for key in expected if found[key] != expected[key]] == []
-    assert {"0/x", "0/v", "0/random/torch"} <= expected.keys()
-
-
 def test_one_rank(start: Start, tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text(CONFIG.format(epochs=3, model="cnn", batch=120))
     whole = train(start, tmp_path, 1, "whole", None).wait()
@@ -126,7 +80,8 @@ def test_one_rank(start: Start, tmp_path: Path) -> None:
     again = train(start, tmp_path, 1, "killed", None).wait()
     assert again.code == 0, again.err
     assert "going on from step" in again.err
-    same(tmp_path, 1)
+    same_run(tmp_path / "whole", tmp_path / "killed", 1)
+    same_trace(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_four_ranks(start: Start, tmp_path: Path) -> None:
@@ -141,4 +96,5 @@ def test_four_ranks(start: Start, tmp_path: Path) -> None:
     again = train(start, tmp_path, 4, "killed", None).wait()
     assert again.code == 0, again.err
     assert "going on from step" in again.err
-    same(tmp_path, 4)
+    same_run(tmp_path / "whole", tmp_path / "killed", 4)
+    same_trace(tmp_path / "whole", tmp_path / "killed")

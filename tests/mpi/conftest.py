@@ -4,13 +4,14 @@ A test that fails on one rank alone would leave the others in a collective call,
 failure prints its report and ends all ranks.
 """
 
+import signal
 import sys
 from collections.abc import Iterator
 
 import pytest
 from mpi4py import MPI
 
-from mpicdsgd import gpu, shutdown
+from mpicdsgd import gpu, shutdown, stopsignals
 
 
 def pytest_report_header() -> str:
@@ -39,6 +40,16 @@ def host_tests_use_no_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
     if request.node.get_closest_marker("gpu") is None:
         monkeypatch.setattr(gpu, "why_not", lambda: "this test is about the host")
         monkeypatch.setattr(gpu, "count", lambda: 0)
+
+
+@pytest.fixture(autouse=True)
+def signals_are_the_tests_own() -> Iterator[None]:
+    """``mpicdsgd train`` within a test leaves handlers, with which TERM would end no test run."""
+    before = [signal.getsignal(number) for number in stopsignals.STOP]
+    yield
+    for number, handler in zip(stopsignals.STOP, before, strict=True):
+        signal.signal(number, handler)
+    stopsignals.forget()
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ LAYERS: list[tuple[str, set[str]]] = [
                                 "schedule", "theory", "bounds", "fastestmixing",
                                 "extremes", "estimates", "verdicts"}),
     ("users' files and names", {"userfiles", "_read_hdf5", "graphfiles", "matrixfiles", "specs",
-                                "plugins"}),
+                                "plugins", "stopsignals"}),
     ("machinery", {"native", "native.reference", "native.dispatch", "native._native", "shutdown",
                    "agreement", "agents", "arena", "exchange", "exchange.errors",
                    "exchange.header", "exchange.helper", "exchange.memory", "exchange.messages",
@@ -47,11 +47,11 @@ LAYERS: list[tuple[str, set[str]]] = [
                  "snapshot", "writerprocess", "background", "exporting",
                  "record", "comparison", "figures", "graphplot", "graphreport",
                  "graphsuggest", "graphtable", "plots", "progress", "measure",
-                 "runconfig", "trace", "minibatch", "run", "job", "stacked", "tryout",
+                 "runconfig", "trace", "minibatch", "stop", "run", "job", "stacked", "tryout",
                  "population", "onebyone", "stackedmeasure", "simulationstart", "simulation",
                  "rebuilt", "constants", "theorycase", "theorybounds", "theoryreport",
                  "theorytable", "theoryplot"}),
-    ("command line", {"launch", "info", "cli", "__main__"}),
+    ("command line", {"launch", "info", "submit", "cli", "__main__"}),
 ]  # fmt: skip
 LAYER = {module: i for i, (_, modules) in enumerate(LAYERS) for module in modules}
 
