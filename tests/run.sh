@@ -14,7 +14,7 @@ shellcheck jobs/*.sh jobs/*.sbatch tests/*.sh tests/slurm/*.sh bench/*.sh .ci/ru
 python -m pytest tests/unit "$@"
 for ranks in 1 2 4 5; do
     echo "== MPI tests on $ranks ranks"
-    timeout 600 mpiexec -n "$ranks" python -m pytest tests/mpi "$@"
+    timeout 1200 mpiexec -n "$ranks" python -m pytest tests/mpi "$@"
 done
 python -m pytest tests/jobs "$@"
 echo "== batch jobs on a Slurm of this machine"
