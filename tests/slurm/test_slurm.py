@@ -70,7 +70,9 @@ def test_ranks_that_do_not_find_each_other(cluster: Cluster) -> None:
 def test_the_time_limit(cluster: Cluster, limited: Batch, whole: Whole) -> None:
     """USR1 comes before it, in every start, until there is time enough."""
     limited.until(lambda: limited.about()["Restarts"] != "0", "sent back")
-    cluster.call("scontrol", "update", f"JobId={limited.number}", "TimeLimit=10")
+    # Where nothing else runs, the second start may be at its end already.
+    more = ("scontrol", "update", f"JobId={limited.number}", "TimeLimit=10")
+    cluster.call(*more, check=False)
     came_back(cluster, limited, whole, "limited", "USR1")
 
 
@@ -126,7 +128,7 @@ def test_a_node_dies(cluster: Cluster, whole: Whole) -> None:
     assert batch.about()["BatchHost"] == first
     slurmd = int((cluster.folder / "log" / f"{second}.pid").read_text())
     victims = [slurmd, *processes_on(second, batch)]
-    assert len(victims) == 3
+    assert len(victims) == 4, "slurmd, stepd, a rank and its writer of checkpoints"
     for process in victims:
         os.kill(process, signal.SIGKILL)
     try:
