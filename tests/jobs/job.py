@@ -44,7 +44,7 @@ class Job:
     def __init__(self, folder: Path, ranks: int, arguments: list[str], env: dict[str, str]) -> None:
         self._files = [open(folder / f"job.{name}", "w+b") for name in ("out", "err")]  # noqa: SIM115
         own = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHERS)}
-        path = os.pathsep.join([str(_PACKAGE), str(HERE)])
+        path = os.pathsep.join(map(str, (_PACKAGE, HERE, HERE.parent)))
         own.update(PYTHONPATH=path, OMP_NUM_THREADS="1", **env)
         self._start = time.monotonic()
         self._process = subprocess.Popen(

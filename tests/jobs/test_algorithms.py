@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 import pytest
 from job import Ended, Job
-from test_resume import checkpoints, last_state, metrics
+from samerun import checkpoints, last_state, metrics
 
 pytestmark = pytest.mark.slow
 
@@ -95,8 +95,9 @@ def ranks(plan: list[dict[str, Any]]) -> int:
     def halting_step(run: Run, *batch: Any) -> None:
         if run.optimizer.steps == halt_at:
             halted.set()
-            while True:  # others may wait for it to read their mail
+            while True:  # others may wait for it to read their mail, or for its checkpoint
                 run.optimizer.exchange.look()
+                run._writer.progress()
                 time.sleep(0.01)
         step(run, *batch)
 
@@ -172,11 +173,14 @@ def kill_and_go_on(
         assert first.running, first.wait().err
         assert time.monotonic() < deadline, first.output()
         time.sleep(0.01)
+    expected = ["step-00000005", f"step-{SAVED:08d}"]
+    for label in killed:  # the last ones may be on their way to the disk
+        while (found := [p.parent.name for p in checkpoints(folder / label / "killed")]) < expected:
+            assert time.monotonic() < deadline, (label, found)
+            time.sleep(0.01)
+        assert found == expected, label
     first.kill()
     first.close()
-    for label in killed:
-        steps = [path.parent.name for path in checkpoints(folder / label / "killed")]
-        assert steps == ["step-00000005", f"step-{SAVED:08d}"]
     again = job(folder, size, [entry(label, "killed", more) for label, more in killed.items()])
     ended = again.wait()
     again.close()
