@@ -139,7 +139,11 @@ def rebuild(run_dir: Path, overrides: Sequence[str] = ()) -> Rebuilt:
         why,
         objectives,
         np.broadcast_to(start, (n, start.shape[1])),
-        tuple(_saved(where, manifest, models_N[0]) for where, manifest in found),
+        tuple(
+            one
+            for where, manifest in found
+            if (one := _saved(where, manifest, models_N[0])) is not None
+        ),
         tuple(len(b) for b in shufflers[0].batches(0)),
     )
     if part is not None and part.step[0] == 0 and not has_dropout(model):
@@ -246,8 +250,11 @@ def _check_same(
             raise UserError(f"checkpoint {where} is of another {what}")
 
 
-def _saved(where: Place, manifest: Manifest, model: nn.Module) -> Saved:
-    """All agents' trainable parameters; the files have been checked."""
+def _saved(where: Place, manifest: Manifest, model: nn.Module) -> Saved | None:
+    """All agents' trainable parameters; the files have been checked.
+
+    None where the run, which may go on, has removed the checkpoint meanwhile.
+    """
     inner = copy.deepcopy(model)
     arena = Arena(list(inner.parameters()))
     wanted = [p.requires_grad for p in inner.parameters()]
@@ -256,6 +263,8 @@ def _saved(where: Place, manifest: Manifest, model: nn.Module) -> Saved:
         try:
             _, arrays = rankfile.read_rank(where.rank_file(rank))
         except Damaged as damage:
+            if not where.manifest.exists():
+                return None
             raise UserError(f"checkpoint {where}: {damage}") from None
         x = arrays.get("x")
         if x is None or x.ndim != 1 or len(x) < arena.size:

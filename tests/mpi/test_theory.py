@@ -17,7 +17,7 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mpicdsgd import UserError, cli, theoryreport, theorytable, trace
+from mpicdsgd import UserError, cli, rebuilt, theoryreport, theorytable, trace
 from mpicdsgd.constants import Effort
 from mpicdsgd.run import Run
 from mpicdsgd.runconfig import load_config
@@ -417,6 +417,28 @@ def test_steps_that_diminish(comm: MPI.Intracomm, folder: Path) -> None:
     assert verdict(report, "distance of the mean to the optimum", "")["text"] == "holds"
     assert verdict(report, "gradient at the mean", "")["text"] == "holds"
     assert report["alpha"] == pytest.approx([0.2, 0.2 * 40**-0.6])
+
+
+def test_a_checkpoint_that_the_run_removes_meanwhile(
+    comm: MPI.Intracomm, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on keeps its newest ones only: the others are still reported."""
+    train(comm, *REGRESSION, "run.checkpoint_every=10 steps", "run.keep=9")
+    before = theory(comm)
+    read = rebuilt.rankfile.read_rank
+    oldest = min(Path("r/checkpoints").iterdir())
+
+    def removing(path: Path) -> Any:
+        if path.parent.name == oldest.name:
+            shutil.rmtree(path.parent, ignore_errors=True)
+        return read(path)
+
+    monkeypatch.setattr(rebuilt.rankfile, "read_rank", removing)
+    after = theory(comm)
+    name = "distance of the mean to the optimum"
+    counts = [verdict(report, name, "")["compared"] for report in (before, after)]
+    assert counts[1] == counts[0] - 1 > 0
+    assert texts(after) == texts(before)
 
 
 def test_too_large_a_step(comm: MPI.Intracomm, folder: Path) -> None:
