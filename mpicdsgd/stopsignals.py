@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 STOP = (signal.SIGUSR1, signal.SIGTERM)
 STARTED = time.monotonic()  # of the program, as near as can be
@@ -54,9 +54,9 @@ def forget() -> None:
 
 
 @contextlib.contextmanager
-def not_for_children() -> Iterator[None]:
+def not_for_children(signals: Iterable[signal.Signals] = STOP) -> Iterator[None]:
     """A block whose child processes never see them; here they are heard of at its end. Local."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:

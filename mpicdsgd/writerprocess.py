@@ -48,7 +48,7 @@ class WriterProcess:
         # -P: a file in the working folder that is called like a module is not that module.
         words = [sys.executable, "-P", "-m", "mpicdsgd.writerprocess", str(self._memory)]
         try:
-            with stopsignals.not_for_children():  # until it ignores them by itself
+            with stopsignals.not_for_children(_NOT_FOR_US):  # also before it can ignore them
                 self._process = subprocess.Popen(
                     words,
                     stdin=subprocess.PIPE,

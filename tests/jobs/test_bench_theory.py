@@ -35,4 +35,4 @@ def test_quick(run: Callable[..., Ended], tmp_path: Path) -> None:
     assert all(d <= b for d, b in zip(falling["distance"], falling["bound"], strict=True))
     for name in ("erratum", "consensus", "bias", "diminishing"):
         assert 10_000 < (tmp_path / f"theory_{name}.png").stat().st_size < 300_000
-    assert done.out.count("| --- |") == 4
+    assert done.out.count("\n| ---") == 4

@@ -148,7 +148,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(run: Run, tmp_path: Path) -
 def test_train_starts_its_own_ranks(run: Run, tmp_path: Path) -> None:
     job = train(run, tmp_path, 0, "--agents", "2", "run.epochs=1")
     assert job.code == 0, job.err
-    assert job.out.startswith("2 agents on ring: mean test accuracy nan")
+    assert job.out.startswith("2 agents on ring: mean test loss")
     assert job.out.endswith("everything is in runs/r\n")
     assert job.out.count("\n") == 1
     (line,) = (tmp_path / "runs" / "r" / "metrics.jsonl").read_text().splitlines()
