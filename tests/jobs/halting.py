@@ -4,7 +4,7 @@ The environment variable VICTIM holds JSON: the rank, and what to halt at: "step
 loss function, with an exchange under way), "rename" (before a file of that pattern gets its name,
 the ``nth`` time) or "write" (the ``nth`` block of such a file half written). The last two are its
 writer process's. Who is halted makes the file ``halted`` and sleeps; with "run_on" it goes on
-instead, so that the kill comes at random. With "signal" it sends that one to itself and its
+instead, so that the kill comes at random. With "signal" it sends that one to the rank and its
 children, as batch systems do, and goes on.
 """
 
@@ -12,6 +12,7 @@ import fnmatch
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ _replace, _pwrite = os.replace, os.pwrite
 
 def halt() -> None:
     if "signal" in PLAN:
-        for process in (os.getpid(), *_children()):
+        rank = os.getppid() if "mpicdsgd.writerprocess" in sys.orig_argv else os.getpid()
+        for process in (rank, *_children(rank)):
             os.kill(process, signal.Signals[PLAN["signal"]])
         return
     Path("halted").touch()
@@ -34,9 +36,9 @@ def halt() -> None:
         time.sleep(600)
 
 
-def _children() -> list[int]:
+def _children(rank: int) -> list[int]:
     """The data loader's processes, and the writer of checkpoints."""
-    threads = Path("/proc/self/task").iterdir()
+    threads = Path(f"/proc/{rank}/task").iterdir()
     return [int(child) for t in threads for child in (t / "children").read_text().split()]
 
 
