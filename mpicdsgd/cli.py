@@ -8,7 +8,6 @@ MPI and torch are imported by the commands that need them, so the others work on
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import signal
@@ -19,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from mpicdsgd import __version__, launch, stopsignals
+from mpicdsgd import __version__, launch, looking, stopsignals
 from mpicdsgd.errors import UserError
 
 
@@ -184,149 +183,6 @@ def _submit(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _graph(arguments: argparse.Namespace) -> int:
-    from mpicdsgd import graphreport, graphsuggest, graphtable
-
-    question = graphreport.Question(
-        parameters=arguments.parameters,
-        wire=arguments.wire,
-        gamma_m=arguments.gamma,
-        Q_m=arguments.Q_m,
-        zeta_1=arguments.zeta_1,
-        lr=arguments.lr,
-        gradient_bound=arguments.gradient_bound,
-    )
-    if arguments.suggest:
-        graphsuggest.check_words(arguments.specs, arguments.mixing)
-        made = graphsuggest.suggest(arguments.agents, arguments.max_degree)
-        drawn = made[:1]
-    else:
-        if not arguments.specs or arguments.max_degree is not None:
-            raise UserError(
-                "--max-degree belongs to --suggest: give that too"
-                if arguments.specs
-                else "no topology given: name one, as in mpicdsgd graph ring -n 5, or --suggest"
-            )
-        made = [
-            (spec, *graphreport.graph_of(spec, arguments.agents, arguments.mixing))
-            for spec in arguments.specs
-        ]
-        drawn = made
-    reports = [graphreport.report(*one, question) for one in made]
-    if arguments.json:
-        print(json.dumps(reports, indent=2))
-    else:
-        alone = len(reports) == 1 and not arguments.suggest
-        print(graphtable.details(reports[0]) if alone else graphtable.table(reports))
-        if arguments.suggest:
-            print(graphsuggest.config_lines(reports[0]))
-    if arguments.png:
-        from mpicdsgd.graphplot import draw_graphs
-
-        draw_graphs([(graph, mixing) for _, graph, mixing in drawn], Path(arguments.png))
-        print(f"drawing: {arguments.png}", file=sys.stderr if arguments.json else sys.stdout)
-    return 0
-
-
-def _theory(arguments: argparse.Namespace) -> int:
-    from mpicdsgd import theoryreport, theorytable
-    from mpicdsgd.constants import Effort
-    from mpicdsgd.figures import check_suffix
-
-    if arguments.png:
-        check_suffix(Path(arguments.png))
-    effort = Effort(arguments.points, arguments.batches, arguments.samples)
-    found = theoryreport.report(Path(arguments.run_dir), arguments.overrides, effort)
-    print(json.dumps(found, indent=2) if arguments.json else theorytable.table(found))
-    if arguments.png:
-        from mpicdsgd.theoryplot import plot_theory
-
-        plot_theory(found, Path(arguments.png))
-        print(f"plot: {arguments.png}", file=sys.stderr if arguments.json else sys.stdout)
-    return 0
-
-
-def _plot(arguments: argparse.Namespace) -> int:
-    from mpicdsgd.plots import plot_runs
-
-    runs = [Path(run) for run in arguments.runs]
-    # A figure of several runs belongs into no one's folder.
-    default = (runs[0] if len(runs) == 1 else Path()) / "metrics.png"
-    out = Path(arguments.out) if arguments.out else default
-    plot_runs(runs, out)
-    print(f"plot: {out}")
-    return 0
-
-
-def _compare(arguments: argparse.Namespace) -> int:
-    from mpicdsgd.comparison import compare, table
-
-    rows = compare([Path(run) for run in arguments.runs])
-    print(json.dumps(rows, indent=2) if arguments.json else table(rows))
-    return 0
-
-
-def _inspect(arguments: argparse.Namespace) -> int:
-    from mpicdsgd.graph import agents_in_words
-    from mpicdsgd.inspection import inspect
-
-    found = inspect(Path(arguments.checkpoint))
-    if arguments.json:
-        print(json.dumps(found, indent=2))
-        return 0
-    for one in found["checkpoints"]:
-        state = "intact" if one["intact"] else "NOT INTACT"
-        size = "?" if one["size_bytes"] is None else f"{one['size_bytes'] / 1e6:.1f} MB"
-        print(
-            f"{one['folder']}: step {one['step']}, generation {one['generation']}, "
-            f"{agents_in_words(one['agents'])}, {size}, {state}"
-        )
-        if one["consensus"]:
-            print(
-                f"  consensus distance: max {one['consensus']['max']:.6e}, "
-                f"rms {one['consensus']['rms']:.6e}"
-            )
-        for name, about in (one["arrays"] or {}).items():
-            print(f"  {name}: {about}")
-        for problem in one["problems"]:
-            print(f"  {problem}")
-    return 0
-
-
-def _export(arguments: argparse.Namespace) -> int:
-    from mpicdsgd.exporting import export
-
-    done = export(Path(arguments.checkpoint), Path(arguments.out), arguments.agent)
-    for text in done["skipped"]:
-        print(f"mpicdsgd: not intact, passed over: {text}", file=sys.stderr)
-    whose = "the average of" if arguments.agent is None else f"agent {arguments.agent} of"
-    print(
-        f"{arguments.out}: {whose} {done['agents']} agents at step {done['step']}, "
-        f"{done['tensors']} tensors"
-    )
-    return 0
-
-
-def _info(arguments: argparse.Namespace) -> int:
-    from mpi4py import MPI
-
-    from mpicdsgd.info import gather
-
-    report = gather(MPI.COMM_WORLD, arguments.topology)
-    if MPI.COMM_WORLD.rank != 0:
-        return 0
-    if arguments.json:
-        print(json.dumps(report, indent=2))
-        return 0
-    edges = report.pop("edges")
-    for key, value in report.items():
-        if value != "":
-            print(f"{key:14} {value}")
-    for edge in edges:
-        print(f"edge {edge['from']:3} -> {edge['to']:3}   {edge['transport']}: {edge['why']}")
-    return 0
-
-
 def _first() -> bool:
     """Whether this process is rank 0, as far as the launcher says, before MPI is started."""
     names = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
@@ -436,7 +292,7 @@ def _parser() -> argparse.ArgumentParser:
     graph.add_argument(
         "--max-degree", type=int, metavar="K", help="neighbours that an agent may have"
     )
-    graph.set_defaults(run=_graph)
+    graph.set_defaults(run=looking.graph)
 
     theory = commands.add_parser(
         "theory",
@@ -458,7 +314,7 @@ def _parser() -> argparse.ArgumentParser:
         "--samples", type=int, default=1000, metavar="S",
         help="of each agent, for a network's Hessian; default 1000",
     )  # fmt: skip
-    theory.set_defaults(run=_theory)
+    theory.set_defaults(run=looking.theory)
 
     plot = commands.add_parser("plot", help="accuracy, loss and consensus distance of runs")
     plot.add_argument("runs", nargs="+", metavar="RUN_DIR")
@@ -467,19 +323,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="default: metrics.png, of one run in its folder, of several in this one",
     )
-    plot.set_defaults(run=_plot)
+    plot.set_defaults(run=looking.plot)
 
     compare = commands.add_parser("compare", help="what runs reached and what it took, in a table")
     compare.add_argument("runs", nargs="+", metavar="RUN_DIR")
     compare.add_argument("--json", action="store_true")
-    compare.set_defaults(run=_compare)
+    compare.set_defaults(run=looking.compare)
 
     inspect = commands.add_parser(
         "inspect", help="what a checkpoint holds, and whether it is whole"
     )
     inspect.add_argument("checkpoint", metavar="RUN_DIR|CHECKPOINT")
     inspect.add_argument("--json", action="store_true")
-    inspect.set_defaults(run=_inspect)
+    inspect.set_defaults(run=looking.inspect)
 
     export = commands.add_parser(
         "export", help="a checkpoint's model as safetensors: the agents' average, or one agent's"
@@ -489,7 +345,7 @@ def _parser() -> argparse.ArgumentParser:
     which = export.add_mutually_exclusive_group()
     which.add_argument("--average", action="store_true", help="of all agents (the default)")
     which.add_argument("--agent", type=int, metavar="K")
-    export.set_defaults(run=_export)
+    export.set_defaults(run=looking.export)
 
     info = commands.add_parser(
         "info",
@@ -498,5 +354,5 @@ def _parser() -> argparse.ArgumentParser:
     )
     info.add_argument("--topology", default="ring", metavar="SPEC", help="default: ring")
     info.add_argument("--json", action="store_true")
-    info.set_defaults(run=_info)
+    info.set_defaults(run=looking.info)
     return parser

@@ -286,7 +286,7 @@ class Refuse:
         if name.split(".")[0] in ("mpi4py", "torch"):
             raise ImportError(f"{name} must not be loaded")
 sys.meta_path.insert(0, Refuse())
-from mpicdsgd import cli
+from mpicdsgd import cli, looking
 for words in (
     ["graph", "ring", "-n", "4", "--png", "g.png"],
     ["plot", "run"],
@@ -339,5 +339,5 @@ def test_a_mistake_found_by_the_library_is_one_line(
     def fail(arguments: object) -> NoReturn:
         raise UserError("what was given: what to do")
 
-    monkeypatch.setattr(cli, "_graph", fail)
+    monkeypatch.setattr(looking, "graph", fail)
     refused(capsys, "mpicdsgd: what was given: what to do\n", "graph", "ring")

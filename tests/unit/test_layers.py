@@ -51,7 +51,7 @@ LAYERS: list[tuple[str, set[str]]] = [
                  "population", "onebyone", "stackedmeasure", "simulationstart", "simulation",
                  "rebuilt", "constants", "theorycase", "theorybounds", "theoryreport",
                  "theorytable", "theoryplot"}),
-    ("command line", {"launch", "info", "submit", "cli", "__main__"}),
+    ("command line", {"launch", "info", "submit", "looking", "cli", "__main__"}),
 ]  # fmt: skip
 LAYER = {module: i for i, (_, modules) in enumerate(LAYERS) for module in modules}
 
