@@ -13,7 +13,7 @@ import pytest
 from team import write
 
 import mpicdsgd
-from mpicdsgd import cli, launch
+from mpicdsgd import cli, launch, looking
 from mpicdsgd.errors import UserError
 
 
@@ -286,7 +286,7 @@ class Refuse:
         if name.split(".")[0] in ("mpi4py", "torch"):
             raise ImportError(f"{name} must not be loaded")
 sys.meta_path.insert(0, Refuse())
-from mpicdsgd import cli, looking
+from mpicdsgd import cli
 for words in (
     ["graph", "ring", "-n", "4", "--png", "g.png"],
     ["plot", "run"],
