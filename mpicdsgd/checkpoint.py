@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpicdsgd import manifest as disk
 from mpicdsgd import rankfile
+from mpicdsgd.elastic import Arrays, mixed
 from mpicdsgd.errors import UserError
 from mpicdsgd.inspection import inspect
 from mpicdsgd.manifest import Damaged, Manifest, Place
@@ -69,7 +70,10 @@ def write(
 
 
 def read_newest(
-    run_dir: Path, comm: MPI.Intracomm, expect: Callable[[dict[str, Any]], None]
+    run_dir: Path,
+    comm: MPI.Intracomm,
+    expect: Callable[[dict[str, Any]], None],
+    parts: Callable[[int], Sequence[tuple[int, float]]] | None = None,
 ) -> Snapshot | None:
     """This agent's part of the newest intact checkpoint. Collective over ``comm``.
 
@@ -80,6 +84,8 @@ def read_newest(
         run_dir: the run's folder; every rank must see it.
         expect: called on every rank with `Snapshot.shared`; raises UserError if the checkpoint
             belongs to another run (model, graph, ...).
+        parts: of a checkpoint of so many agents, whose states with which weights become this
+            rank's (see `elastic`); None: each rank's own, and the number must be the same.
 
     Returns:
         None if the run has no checkpoint yet.
@@ -104,8 +110,9 @@ def read_newest(
     for place in found:
         manifest, problem = comm.bcast(_read_manifest(place) if comm.rank == 0 else None)
         if manifest is not None:
-            _agree(comm, _mismatch(manifest, place, comm.size, expect))
-            snapshot, problem = _read_own(place, manifest, comm.rank)
+            _agree(comm, _mismatch(manifest, place, comm.size, expect, parts is not None))
+            mine = [(comm.rank, 1.0)] if parts is None else parts(manifest.agents)
+            snapshot, problem = _read_parts(place, manifest, mine, comm.rank == 0)
             problem = next((p for p in comm.allgather(problem) if p), "")
             if snapshot is not None and not problem:
                 return snapshot
@@ -130,12 +137,17 @@ def _read_manifest(place: Place) -> tuple[Manifest | None, str]:
 
 
 def _mismatch(
-    manifest: Manifest, place: Place, size: int, expect: Callable[[dict[str, Any]], None]
+    manifest: Manifest,
+    place: Place,
+    size: int,
+    expect: Callable[[dict[str, Any]], None],
+    is_elastic: bool,
 ) -> str:
-    if manifest.agents != size:
+    if manifest.agents != size and not is_elastic:
         return (
             f"checkpoint {place.folder} is of {manifest.agents} agents, the job has {size} ranks: "
-            f"start {manifest.agents} ranks, or set run.dir to another folder"
+            f"start {manifest.agents} ranks, set resume.elastic = true to go on with {size}, or "
+            "set run.dir to another folder"
         )
     try:
         expect(manifest.shared)
@@ -144,12 +156,42 @@ def _mismatch(
     return ""
 
 
-def _read_own(place: Place, manifest: Manifest, rank: int) -> tuple[Snapshot | None, str]:
-    """This rank's part, and what is wrong with it or, on rank 0, with the index."""
-    mine = [manifest.files[rank], *(manifest.files[-1:] if rank == 0 else ())]
-    for entry in mine:
-        if problem := disk.check_file(place.folder, entry):
-            return None, problem
+def _read_parts(
+    place: Place, manifest: Manifest, parts: Sequence[tuple[int, float]], with_index: bool
+) -> tuple[Snapshot | None, str]:
+    """The state that ``parts`` of the agents' make, and what is wrong with a file of them.
+
+    Or with the index. Of what is no array, the heaviest part's is taken, the first among equals.
+    """
+    if with_index and (problem := disk.check_file(place.folder, manifest.files[-1])):
+        return None, problem
+    meta: dict[str, Any] = {}
+    most, bad = 0.0, ""
+
+    def read() -> Iterator[tuple[float, Arrays]]:
+        nonlocal meta, most, bad
+        for agent, weight in parts:
+            found, bad = _read_rank(place, manifest, agent)
+            if found is None:
+                return
+            about, arrays = found
+            if weight > most:
+                meta, most = about.meta, weight
+            yield weight, arrays
+
+    arrays = mixed(read())
+    if bad:
+        return None, bad
+    step, generation = manifest.step, manifest.generation
+    return Snapshot(step, arrays, meta, manifest.shared, generation, manifest.agents), ""
+
+
+def _read_rank(
+    place: Place, manifest: Manifest, rank: int
+) -> tuple[tuple[rankfile.About, Arrays] | None, str]:
+    """An agent's file, if every byte of it is as written; else what is wrong."""
+    if problem := disk.check_file(place.folder, manifest.files[rank]):
+        return None, problem
     path = place.rank_file(rank)
     try:
         about, arrays = rankfile.read_rank(path)
@@ -159,8 +201,7 @@ def _read_own(place: Place, manifest: Manifest, rank: int) -> tuple[Snapshot | N
         manifest.step, manifest.generation, rank, manifest.agents
     ):  # fmt: skip
         return None, f"{path.name}: is of another checkpoint"
-    step, generation = manifest.step, manifest.generation
-    return Snapshot(step, arrays, about.meta, manifest.shared, generation), ""
+    return (about, arrays), ""
 
 
 def _agree(comm: MPI.Intracomm, problem: str) -> None:

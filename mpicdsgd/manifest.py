@@ -80,6 +80,7 @@ class Manifest:
     files: tuple[FileEntry, ...]
     arrays: dict[str, dict[str, Any]]
     shared: dict[str, Any]
+    stays: bool = False
 
 
 def checkpoints_folder(run_dir: Path) -> Path:
@@ -135,6 +136,7 @@ def write_manifest(place: Place, manifest: Manifest) -> None:
         "files": [vars(entry) for entry in manifest.files],
         "arrays": manifest.arrays,
         "shared": manifest.shared,
+        "stays": manifest.stays,
     }
     text = json.dumps({**body, "sha256": _checksum(body)}, indent=1)
     write_whole(place.manifest, text.encode())
@@ -194,7 +196,8 @@ def _checked(name: str, body: dict[str, Any]) -> Manifest:
         shape = spec.get("shape")
         if not (isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)):
             raise Damaged(f"{name}: shape of array {array!r:.60} is missing")
-    return Manifest(step, generation, agents, tuple(entries), arrays, shared)
+    stays = body.get("stays") is True  # older versions did not write it
+    return Manifest(step, generation, agents, tuple(entries), arrays, shared, stays)
 
 
 def _checksum(body: dict[str, Any]) -> str:
@@ -243,12 +246,12 @@ def looks_intact(place: Place) -> bool:
     return not any(check_file(place.folder, entry, contents=False) for entry in manifest.files)
 
 
-def prune(run_dir: Path, generation: int, keep: int, every: int = 0) -> str:
+def prune(run_dir: Path, generation: int, keep: int) -> str:
     """Keep the newest ``keep`` checkpoints that look intact and remove what is older. Local.
 
-    Those whose step ``every`` divides stay too, if it is not 0. Files of a newer generation are
-    never touched, and where one has claimed the run's folder nothing is: it may be reading. What a
-    crash left of an unfinished write goes too.
+    Those whose manifest says that they stay do, too. Files of a newer generation are never touched,
+    and where one has claimed the run's folder nothing is: it may be reading. What a crash left of
+    an unfinished write goes too.
 
     Returns:
         A remark for the log, or "".
@@ -268,13 +271,20 @@ def prune(run_dir: Path, generation: int, keep: int, every: int = 0) -> str:
         for owner in owners:
             place = Place(owner, step, folder)
             unfinished = owner not in finished and any(place < newer for newer in kept)
-            stays = every > 0 and step % every == 0 and owner == max(finished, default=-1)
-            old = len(kept) == keep and place < kept[-1] and not stays
-            if unfinished or old:  # so older than one of ``kept``: of no newer generation
+            old = len(kept) == keep and place < kept[-1]
+            stays = owner == max(finished, default=-1) and _stays(place)
+            if unfinished or (old and not stays):  # older than a kept one: of no newer generation
                 remove(place)
         remove_if_empty(folder)
     sync_folder(checkpoints_folder(run_dir))
     return ""
+
+
+def _stays(place: Place) -> bool:
+    try:
+        return read_manifest(place).stays
+    except Damaged:
+        return False
 
 
 def remove(place: Place) -> None:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from mpi4py import MPI
 
-from mpicdsgd import checkpoint, models, native, record, state
-from mpicdsgd import config as reading
-from mpicdsgd.agents import Agents
-from mpicdsgd.agreement import TIMEOUT_S, agree, agreement, collect
+from mpicdsgd import checkpoint, record, state
+from mpicdsgd.agreement import agree
 from mpicdsgd.algorithms.choose import (
     Circumstances,
     make_optimizer,
@@ -23,7 +20,6 @@ from mpicdsgd.algorithms.choose import (
     restore_schedule,
 )
 from mpicdsgd.background import Background
-from mpicdsgd.data import Shuffler, load
 from mpicdsgd.data.feed import to_device
 from mpicdsgd.errors import UserError
 from mpicdsgd.evaluate import evaluate
@@ -32,14 +28,12 @@ from mpicdsgd.links.server import Server
 from mpicdsgd.measure import RunningMeans, StepTrace, accuracy, measure, ratio
 from mpicdsgd.minibatch import minibatch_step
 from mpicdsgd.progress import Progress, evaluation, reached
-from mpicdsgd.runconfig import Config, as_json, check, differences, every
-from mpicdsgd.specs import graph_from_spec, mixing_from_spec
+from mpicdsgd.runconfig import Config, as_json
+from mpicdsgd.runstart import prepare
 from mpicdsgd.stop import Stop, remove_marker
 from mpicdsgd.trace import Recorder
 
 log = logging.getLogger("mpicdsgd")
-
-_FORMAT = 1  # of a checkpoint's contents, raised when a restart needs other ones
 
 
 class Run:
@@ -56,44 +50,14 @@ class Run:
     """
 
     def __init__(self, config: Config, comm: MPI.Intracomm, server: Server | None = None) -> None:
-        self.config = config
-        # A timeout that is none is refused where the exchange is opened; till then it is not used.
-        timeout_s = config.exchange.timeout_s if config.exchange.timeout_s > 0 else TIMEOUT_S
-        with agreement(comm, "topology and mixing", timeout_s):
-            graph = graph_from_spec(config.agents.topology, comm.size)
-            mixing = mixing_from_spec(config.agents.mixing, graph)
-            check(config)
-        agents = Agents(comm, mixing, device=config.agents.device, timeout_s=timeout_s)
-        self.agents = agents
+        start = prepare(config, comm)
+        self.config, self.agents = config, start.agents
+        self.data, self.shuffler, self.model = start.data, start.shuffler, start.model
+        self.loss_fn, self._dir, self._shared = start.loss_fn, start.dir, start.shared
+        agents, snapshot, per_epoch = start.agents, start.snapshot, start.course.per_epoch
+        self.course = start.course
         self._deferred = agents.gpu is not None  # the host runs ahead, and waits for no loss
-        # Else cuDNN adds up gradients in any order, and a restart is not bit by bit the same.
-        torch.backends.cudnn.deterministic = True
-        agents.require_same("the config", repr(config))
-        agents.share_cores(config.agents.threads)
-
-        seed = config.run.seed
-        with agents.agreement("data"):
-            self.data = load(config.data, seed, agents.rank, agents.size)
-            self.shuffler = Shuffler(
-                self.data.shares, agents.rank, config.data.batch_size, seed, config.data.drop_last
-            )
-            per_epoch = self.shuffler.steps_per_epoch
-            self.total_steps = config.run.epochs * per_epoch
-            self._evaluate_every = every("evaluate_every", config.run.evaluate_every, per_epoch)
-            self._save_every = every("checkpoint_every", config.run.checkpoint_every, per_epoch)
-            self._keep_every = every("keep_every", config.run.keep_every, per_epoch)
-        state.seed_generators(seed, 0 if config.agents.init == "broadcast" else agents.rank + 1)
-        with agents.agreement("model"):
-            self.model = models.build(config.model, self.data.input_shape, self.data.classes)
-            self.model.to(agents.device)
-            self.loss_fn = models.loss_function(config.model)
-            # A model or loss that does not fit the data is found before anything is written.
-            few = np.arange(min(2, len(self.data.test)))
-            evaluate(self.model, self.data.test, self.loss_fn, len(few), few)
-        if config.agents.init == "broadcast":
-            agents.broadcast(self.model)
-        state.seed_generators(seed, agents.rank + 1)
-        snapshot = self._open_folder()
+        self._periods = start.periods
         self.code = 0
         self._stop = Stop(agents, config.run, server)
         buffers = [b for b in self.model.buffers() if b.dtype == torch.float32]
@@ -103,9 +67,10 @@ class Run:
                 self.model.parameters(),
                 agents,
                 config.exchange,
-                Circumstances(per_epoch, self.data.shares[agents.rank], seed, server),
+                Circumstances(per_epoch, self.data.shares[agents.rank], config.run.seed, server),
                 buffers if config.model.buffers == "mixed" else (),
             )
+        self.total_steps = self.course.total_steps
         with agents.agreement("schedule"):
             self.scheduler = make_scheduler(config.optim, self.optimizer, self.total_steps)
         self._start = time.monotonic()
@@ -114,12 +79,12 @@ class Run:
         self._last: dict[str, Any] | None = None
         self._shown = ""
         if snapshot is not None:
-            self._restore(snapshot)
+            self._restore(snapshot, start.is_newcomer)
         self._writer = Background(
             self._dir,
             agents.generation,
             agents.comm,
-            checkpoint.Keep(config.run.keep, self._keep_every),
+            checkpoint.Keep(config.run.keep, start.periods.keep, self.course.shift),
             snapshot.step if snapshot else None,
         )
         first = agents.rank == 0
@@ -181,7 +146,7 @@ class Run:
                     remove_marker(self._dir)
 
     def _epoch(self) -> None:
-        epoch, position = divmod(self.optimizer.steps, self.shuffler.steps_per_epoch)
+        epoch, position = self.course.place(self.optimizer.steps)
         if position == 0:
             self._means = RunningMeans()
         batches = self.shuffler.batches(epoch, position)
@@ -192,10 +157,10 @@ class Run:
             self._writer.progress()
             done = self.optimizer.steps
             at_end = done == self.total_steps
-            if at_end or (self._evaluate_every and done % self._evaluate_every == 0):
+            if at_end or self.course.is_due(done, self._periods.evaluate):
                 with self._stop.beside():
                     self._evaluate()
-            if at_end or (self._save_every and done % self._save_every == 0):
+            if at_end or self.course.is_due(done, self._periods.save):
                 with self._stop.beside():
                     self._save()
             if self.optimizer.stopping:
@@ -251,7 +216,7 @@ class Run:
         done = self.optimizer.steps
         line = {
             "step": done,
-            "epoch": done / self.shuffler.steps_per_epoch,
+            "epoch": self.course.epoch(done),
             "time_s": self._time_s(),
             "lr": float(self.optimizer.param_groups[0]["lr"]),
             **measured,
@@ -323,78 +288,15 @@ class Run:
         mistake.raised_on_all_ranks = True
         return mistake
 
-    def _open_folder(self) -> checkpoint.Snapshot | None:
-        """Find the checkpoint to go on from, claim a generation, write the config. Collective."""
-        config, agents = self.config, self.agents
-        self._dir = Path(config.run.dir)
-        versions = record.versions(MPI.Get_library_version(), native.backend)
-        self._shared: dict[str, Any] = {
-            "format": _FORMAT,
-            "config": dataclasses.asdict(config),
-            "Pi": agents.mixing.digest,
-            "parameters": [[n, list(p.shape)] for n, p in self.model.named_parameters()],
-            "steps_per_epoch": self.shuffler.steps_per_epoch,
-            "versions": versions,
-        }
-        snapshot = None
-        if config.run.resume == "auto":
-            snapshot = checkpoint.read_newest(self._dir, agents.comm, self._expect)
-        if snapshot is not None and agents.rank == 0:
-            for key in differences(snapshot.shared["config"], self._shared["config"]):
-                log.warning("%s is not what it was before this checkpoint", key)
-        hosts = collect(agents.comm, "hosts", MPI.Get_processor_name(), agents.timeout_s)
-        generation = 0
-        with agents.agreement("run folder"):
-            if agents.rank == 0:
-                generation = checkpoint.claim_generation(self._dir)
-                remove_marker(self._dir)
-                header = {
-                    **versions,
-                    "hosts": ", ".join(hosts),
-                    "device": agents.gpu.name if agents.gpu else "cpu",
-                    "threads per rank": torch.get_num_threads(),
-                    "resumed from step": snapshot.step if snapshot else "none",
-                }
-                path = self._dir / f"config.g{generation:04d}.toml"
-                try:
-                    reading.write_toml(config, path, header)
-                except OSError as error:
-                    raise UserError(f"cannot write {path}: {error.strerror}") from None
-        agents.generation = agents.comm.bcast(generation, root=0)
-        return snapshot
-
-    def _expect(self, shared: dict[str, Any]) -> None:
-        """Raise a UserError if a checkpoint's ``shared`` is of another model or data. Local."""
-        remedy = 'set run.dir to another folder or run.resume = "never"'
-        if shared.get("format") != _FORMAT:
-            raise UserError(
-                f"the checkpoint in {self._dir} is of format {shared.get('format')}, this version "
-                f"reads format {_FORMAT}: {remedy}"
-            )
-        for key, what in (
-            ("parameters", f"model ({self.config.model.name} now)"),
-            ("steps_per_epoch", "data set, batch size or number of samples"),
-        ):
-            if shared.get(key) != self._shared[key]:
-                raise UserError(f"the checkpoint in {self._dir} is of another {what}: {remedy}")
-        then = shared.get("config")
-        optim = then.get("optim") if isinstance(then, dict) else None
-        if not isinstance(optim, dict) or any(
-            optim.get(k) != getattr(self.config.optim, k)
-            for k in ("name", "nesterov", "asynchronous", "adagrad")
-        ):
-            raise UserError(
-                f"the checkpoint in {self._dir} is of another algorithm than optim.name = "
-                f'"{self.config.optim.name}": {remedy}'
-            )
-
-    def _restore(self, snapshot: checkpoint.Snapshot) -> None:
+    def _restore(self, snapshot: checkpoint.Snapshot, is_newcomer: bool) -> None:
         """Go on from ``snapshot``. Collective."""
         meta, optimizer = snapshot.meta, self.optimizer
         with self.agents.agreement("the checkpoint's arrays"):
             state.check(optimizer, self.model, snapshot.arrays)
-        state.restore(optimizer, self.model, snapshot.step, snapshot.arrays, meta["random"])
-        self._means = RunningMeans(**meta["means"])
+        random = None if is_newcomer else meta["random"]
+        state.restore(optimizer, self.model, snapshot.step, snapshot.arrays, random)
+        if not is_newcomer:
+            self._means = RunningMeans(**meta["means"])
         self._last = meta["last"]
         for key in self._before:
             self._before[key] = float(meta[key])

@@ -41,6 +41,13 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class ResumeConfig:
+    """Section ``[resume]`` of a run's config: what a restart may change."""
+
+    elastic: bool = False  # the number of agents and the batch size, too: see `elastic`
+
+
+@dataclass(frozen=True)
 class Config:
     """A run's whole config."""
 
@@ -50,6 +57,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -133,5 +141,5 @@ def differences(then: Any, now: Any, where: str = "") -> list[str]:
 
 MAY_CHANGE = (
     "run.dir", "run.resume", "run.keep", "run.keep_every", "run.epochs", "run.max_seconds",
-    "run.tensorboard", "run.theory", "data.path",
+    "run.tensorboard", "run.theory", "data.path", "resume",
 )  # fmt: skip

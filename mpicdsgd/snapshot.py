@@ -34,6 +34,7 @@ class Snapshot:
         meta: this agent's own, as JSON.
         shared: equal on all agents, as JSON; rank 0's goes into the manifest.
         generation: which generation wrote it; set by `read_newest`.
+        agents: how many there were; likewise.
     """
 
     step: int
@@ -41,17 +42,24 @@ class Snapshot:
     meta: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
     generation: int = 0
+    agents: int = 0
 
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints are kept: the newest ``last``, and every one whose step ``every`` divides.
+    """Which checkpoints are kept: the newest ``last``, and those of every ``every`` steps.
 
-    ``every`` = 0: no others. At least the newest is kept.
+    Of step + shift, that is; ``every`` = 0: no others. At least the newest is kept. Whether one
+    stays is written into it, so that a later start with other settings keeps what was promised.
     """
 
     last: int = 3
     every: int = 0
+    shift: int = 0  # see `course.Course`
+
+    def stays(self, step: int) -> bool:
+        """Whether the checkpoint of ``step`` stays when there are newer ones."""
+        return self.every > 0 and (step + self.shift) % self.every == 0
 
 
 def describe(snapshot: Snapshot, generation: int, rank: int, size: int) -> About:
@@ -88,13 +96,13 @@ def commit(
         A problem, "" if the checkpoint is there now; and a remark for the log, or "".
     """
     try:
-        _finish(place, entries, layouts, shared)
+        _finish(place, entries, layouts, shared, keep.stays(place.step))
     except Exception as error:
         discard(place, 0)  # the manifest goes before any rank's file does
         return reason(error), ""
     run_dir = place.folder.parent.parent
     try:
-        return "", disk.prune(run_dir, place.generation, keep.last, keep.every)
+        return "", disk.prune(run_dir, place.generation, keep.last)
     except OSError as error:
         return "", f"old checkpoints in {run_dir} cannot be removed: {reason(error)}"
 
@@ -113,7 +121,11 @@ def say(step: int, problems: list[str], remark: str) -> None:
 
 
 def _finish(
-    place: Place, entries: list[FileEntry], layouts: list[dict[str, Any]], shared: dict[str, Any]
+    place: Place,
+    entries: list[FileEntry],
+    layouts: list[dict[str, Any]],
+    shared: dict[str, Any],
+    stays: bool,
 ) -> None:
     alike = {
         name: spec
@@ -126,7 +138,7 @@ def _finish(
     files = (*entries, index)
     disk.write_manifest(
         place,
-        Manifest(place.step, place.generation, len(entries), files, alike, shared),
+        Manifest(place.step, place.generation, len(entries), files, alike, shared, stays),
     )
 
 

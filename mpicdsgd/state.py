@@ -17,12 +17,13 @@ _CUDA = "random/cuda"
 # What p publishes is Q(x) after every step, so it is written anew at a restart and not stored.
 
 
-def seed_generators(seed: int, stream: int) -> None:
+def seed_generators(seed: int, *stream: int) -> None:
     """Seed torch's, NumPy's and Python's generators: a run's ``seed``, and which use of it. Local.
 
-    Stream 0 is for the parameters that all agents begin with, j + 1 for agent j's own draws.
+    Stream 0 is for the parameters that all agents begin with, j + 1 for agent j's own draws; with
+    the run's generation behind it, for those of an agent that came then.
     """
-    word = int(np.random.SeedSequence([seed, stream]).generate_state(1)[0])
+    word = int(np.random.SeedSequence([seed, *stream]).generate_state(1)[0])
     torch.manual_seed(word)
     np.random.seed(word)
     random.seed(word)
@@ -101,17 +102,19 @@ def restore(
     model: torch.nn.Module,
     steps: int,
     arrays: dict[str, NDArray[Any]],
-    generators: dict[str, Any],
+    generators: dict[str, Any] | None,
 ) -> None:
     """Take over what the `capture_` functions gave after ``steps`` steps. Collective (publishes).
 
-    What was written on a GPU can be taken over without one, and the other way: a GPU's generator
-    then stays as it is.
+    Without ``generators`` this agent's own stay as they are. What was written on a GPU can be taken
+    over without one, and the other way: a GPU's generator then stays as it is.
     """
     optimizer.load_arrays(steps, arrays)
     with torch.no_grad():
         for name, buffer in local_buffers(optimizer, model).items():
             buffer.copy_(torch.from_numpy(np.array(arrays[f"buffers/{name}"])))
+    if generators is None:
+        return
     torch.set_rng_state(torch.from_numpy(np.array(arrays["random/torch"])))
     device = optimizer.agents.device
     if device.type == "cuda" and _CUDA in arrays:

@@ -66,6 +66,11 @@ def needs_server(config: OptimConfig) -> bool:
     return config.name == "downpour" or (config.name in _ELASTIC and config.asynchronous)
 
 
+def keeps_count(config: OptimConfig) -> bool:
+    """Whether agents or server count what was sent, so that their number must not change. Local."""
+    return needs_server(config) or config.name == "gosgd"
+
+
 def mixes_by_matrix(config: OptimConfig) -> bool:
     """Whether the algorithm uses the mixing matrix. Local."""
     return config.name in BY_MATRIX or ":" in config.name

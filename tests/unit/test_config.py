@@ -287,5 +287,5 @@ def test_any_value_at_any_key(place: tuple[str, str], value: Any) -> None:
 
 
 def test_every_section_has_its_dataclass() -> None:
-    assert list(SECTIONS) == ["run", "agents", "model", "data", "optim", "exchange"]
+    assert list(SECTIONS) == ["run", "agents", "model", "data", "optim", "exchange", "resume"]
     assert Config().run == RunConfig()

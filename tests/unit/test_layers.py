@@ -19,7 +19,7 @@ ROOT = Path(mpicdsgd.__file__).parent
 LAYERS: list[tuple[str, set[str]]] = [
     ("maths: no MPI, no torch", {"errors", "graph", "topology", "matrix", "mixing", "cycle",
                                 "schedule", "theory", "bounds", "fastestmixing",
-                                "extremes", "estimates", "verdicts"}),
+                                "extremes", "estimates", "verdicts", "course", "elastic"}),
     ("users' files and names", {"userfiles", "_read_hdf5", "graphfiles", "matrixfiles", "specs",
                                 "plugins", "stopsignals"}),
     ("machinery", {"native", "native.reference", "native.dispatch", "native._native", "shutdown",
@@ -47,9 +47,9 @@ LAYERS: list[tuple[str, set[str]]] = [
                  "snapshot", "writerprocess", "background", "exporting",
                  "record", "comparison", "figures", "graphplot", "graphreport",
                  "graphsuggest", "graphtable", "plots", "progress", "measure",
-                 "runconfig", "trace", "minibatch", "stop", "run", "job", "stacked", "tryout",
-                 "population", "onebyone", "stackedmeasure", "simulationstart", "simulation",
-                 "rebuilt", "constants", "theorycase", "theorybounds", "theoryreport",
+                 "runconfig", "trace", "minibatch", "stop", "runstart", "run", "job", "stacked",
+                 "tryout", "population", "onebyone", "stackedmeasure", "simulationstart",
+                 "simulation", "rebuilt", "constants", "theorycase", "theorybounds", "theoryreport",
                  "theorytable", "theoryplot"}),
     ("command line", {"launch", "info", "submit", "looking", "cli", "__main__"}),
 ]  # fmt: skip

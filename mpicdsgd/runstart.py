@@ -1,0 +1,260 @@
+"""How a run begins: agents, data, model, the checkpoint to go on from, the run's folder.
+
+`run.Run` makes the optimizer from what is prepared here, and has the loop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from mpi4py import MPI
+
+from mpicdsgd import checkpoint, models, native, record, state
+from mpicdsgd import config as reading
+from mpicdsgd.agents import Agents
+from mpicdsgd.agreement import TIMEOUT_S, agreement, collect
+from mpicdsgd.algorithms import settings
+from mpicdsgd.course import Course
+from mpicdsgd.data import Shuffler, load
+from mpicdsgd.data.loading import Data
+from mpicdsgd.elastic import origins
+from mpicdsgd.errors import UserError
+from mpicdsgd.evaluate import evaluate
+from mpicdsgd.graph import agents_in_words
+from mpicdsgd.runconfig import Config, check, differences, every
+from mpicdsgd.specs import graph_from_spec, mixing_from_spec
+from mpicdsgd.stop import remove_marker
+
+log = logging.getLogger("mpicdsgd")
+
+_FORMAT = 1  # of a checkpoint's contents, raised when a restart needs other ones
+
+
+class Periods(NamedTuple):
+    """Steps between two evaluations, two checkpoints, and two that stay; 0: never."""
+
+    evaluate: int
+    save: int
+    keep: int
+
+
+@dataclass
+class Start:
+    """What a run has before its first step. Made by `prepare`.
+
+    Attributes:
+        dir: the run's folder, where this start's generation is claimed.
+        course: of this start, with the place in the epochs that the checkpoint was at.
+        loss_fn: (outputs, targets) to the mean over the batch, shape ().
+        snapshot: this agent's part of the checkpoint to go on from, if there is one.
+        is_newcomer: whether this agent has its part of ``snapshot`` from others.
+        shared: what all checkpoints of this start say of it; see `checkpoint.Snapshot.shared`.
+    """
+
+    config: Config
+    agents: Agents
+    data: Data
+    shuffler: Shuffler
+    model: torch.nn.Module
+    loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    dir: Path
+    course: Course
+    periods: Periods
+    shared: dict[str, Any]
+    snapshot: checkpoint.Snapshot | None = None
+
+    @property
+    def is_newcomer(self) -> bool:
+        return self.snapshot is not None and self.agents.rank >= self.snapshot.agents
+
+
+def prepare(config: Config, comm: MPI.Intracomm) -> Start:
+    """Begin, or go on with, the run of ``config`` by the agents of ``comm``. Collective.
+
+    Raises:
+        UserError: on every rank, for anything wrong with config, files or run folder.
+    """
+    # A timeout that is none is refused where the exchange is opened; till then it is not used.
+    timeout_s = config.exchange.timeout_s if config.exchange.timeout_s > 0 else TIMEOUT_S
+    with agreement(comm, "topology and mixing", timeout_s):
+        graph = graph_from_spec(config.agents.topology, comm.size)
+        mixing = mixing_from_spec(config.agents.mixing, graph)
+        check(config)
+    agents = Agents(comm, mixing, device=config.agents.device, timeout_s=timeout_s)
+    # Else cuDNN adds up gradients in any order, and a restart is not bit by bit the same.
+    torch.backends.cudnn.deterministic = True
+    agents.require_same("the config", repr(config))
+    agents.share_cores(config.agents.threads)
+
+    seed = config.run.seed
+    with agents.agreement("data"):
+        data = load(config.data, seed, agents.rank, agents.size)
+        shuffler = Shuffler(
+            data.shares, agents.rank, config.data.batch_size, seed, config.data.drop_last
+        )
+        texts = {
+            "evaluate_every": config.run.evaluate_every,
+            "checkpoint_every": config.run.checkpoint_every,
+            "keep_every": config.run.keep_every,
+        }
+        periods = Periods(*(every(*text, shuffler.steps_per_epoch) for text in texts.items()))
+    state.seed_generators(seed, 0 if config.agents.init == "broadcast" else agents.rank + 1)
+    with agents.agreement("model"):
+        model = models.build(config.model, data.input_shape, data.classes)
+        model.to(agents.device)
+        loss_fn = models.loss_function(config.model)
+        # A model or loss that does not fit the data is found before anything is written.
+        few = np.arange(min(2, len(data.test)))
+        evaluate(model, data.test, loss_fn, len(few), few)
+    if config.agents.init == "broadcast":
+        agents.broadcast(model)
+    state.seed_generators(seed, agents.rank + 1)
+    start = Start(
+        config,
+        agents,
+        data,
+        shuffler,
+        model,
+        loss_fn,
+        Path(config.run.dir),
+        Course(config.run.epochs, shuffler.steps_per_epoch),
+        periods,
+        {
+            "format": _FORMAT,
+            "config": dataclasses.asdict(config),
+            "Pi": agents.mixing.digest,
+            "parameters": [[n, list(p.shape)] for n, p in model.named_parameters()],
+            "steps_per_epoch": shuffler.steps_per_epoch,
+            "versions": record.versions(MPI.Get_library_version(), native.backend),
+        },
+    )
+    if config.run.resume == "auto":
+        _find(start)
+    start.shared["shift"] = start.course.shift
+    _claim(start)
+    if start.is_newcomer:
+        state.seed_generators(seed, agents.rank + 1, agents.generation)
+    return start
+
+
+def _find(start: Start) -> None:
+    """Find the checkpoint to go on from, and where in the epochs it is. Collective."""
+    agents, config = start.agents, start.config
+
+    def parts(before: int) -> list[tuple[int, float]]:
+        row = origins(agents.mixing, before)[agents.rank]
+        return [(agent, float(row[agent])) for agent in np.flatnonzero(row).tolist()]
+
+    snapshot = checkpoint.read_newest(
+        start.dir,
+        agents.comm,
+        lambda shared: _expect(start, shared),
+        parts if config.resume.elastic else None,
+    )
+    if snapshot is None:
+        return
+    start.snapshot = snapshot
+    with agents.agreement("resume.elastic"):
+        if snapshot.agents != agents.size:
+            _check_elastic(config, snapshot.agents, agents.size)
+    then = Course(0, int(snapshot.shared["steps_per_epoch"]), int(snapshot.shared.get("shift", 0)))
+    start.course = start.course.going_on(then, snapshot.step)
+    if agents.rank != 0:
+        return
+    for key in differences(snapshot.shared["config"], start.shared["config"]):
+        log.warning("%s is not what it was before this checkpoint", key)
+    if snapshot.agents != agents.size:
+        _tell(start, snapshot.agents)
+
+
+def _expect(start: Start, shared: dict[str, Any]) -> None:
+    """Raise a UserError if a checkpoint's ``shared`` is of another model or data. Local."""
+    remedy = 'set run.dir to another folder or run.resume = "never"'
+    if shared.get("format") != _FORMAT:
+        raise UserError(
+            f"the checkpoint in {start.dir} is of format {shared.get('format')}, this version "
+            f"reads format {_FORMAT}: {remedy}"
+        )
+    config = start.config
+    alike = [("parameters", f"model ({config.model.name} now)")]
+    if not config.resume.elastic:
+        alike.append(("steps_per_epoch", "data set, batch size or number of samples"))
+    for key, what in alike:
+        if shared.get(key) != start.shared[key]:
+            raise UserError(f"the checkpoint in {start.dir} is of another {what}: {remedy}")
+    then = shared.get("config")
+    optim = then.get("optim") if isinstance(then, dict) else None
+    if not isinstance(optim, dict) or any(
+        optim.get(k) != getattr(config.optim, k)
+        for k in ("name", "nesterov", "asynchronous", "adagrad")
+    ):
+        raise UserError(
+            f"the checkpoint in {start.dir} is of another algorithm than optim.name = "
+            f'"{config.optim.name}": {remedy}'
+        )
+
+
+def _check_elastic(config: Config, before: int, now: int) -> None:
+    """Raise a UserError for what cannot go on with another number of agents. Local."""
+    change = f"the checkpoint in {config.run.dir} is of {before} agents, the job has {now}"
+    if settings.keeps_count(config.optim):
+        raise UserError(
+            f'{change}: optim.name = "{config.optim.name}" counts what its agents have sent each '
+            f"other, and can go on with the same number only: start {before}"
+        )
+    if config.run.theory:
+        raise UserError(
+            f"{change}: run.theory = true records a run of one matrix: start {before}, or set it "
+            "to false"
+        )
+
+
+def _tell(start: Start, before: int) -> None:
+    n = start.agents.size
+    others = (
+        f"agents {n} to {before - 1} and their momentum are left behind"
+        if n < before
+        else f"agents {before} to {n - 1} begin with the mix of their neighbours' state"
+    )
+    mixing = start.agents.mixing
+    log.info(
+        "%s instead of %d on %s, mixing %s (spectral gap %.3g): %s, and the data are shared out "
+        "anew",
+        agents_in_words(n),
+        before,
+        mixing.graph.title,
+        mixing.name,
+        mixing.spectrum.gap,
+        others,
+    )
+
+
+def _claim(start: Start) -> None:
+    """Claim a generation of the run's folder and write the config there. Collective."""
+    agents, snapshot = start.agents, start.snapshot
+    hosts = collect(agents.comm, "hosts", MPI.Get_processor_name(), agents.timeout_s)
+    generation = 0
+    with agents.agreement("run folder"):
+        if agents.rank == 0:
+            generation = checkpoint.claim_generation(start.dir)
+            remove_marker(start.dir)
+            header = {
+                **start.shared["versions"],
+                "hosts": ", ".join(hosts),
+                "device": agents.gpu.name if agents.gpu else "cpu",
+                "threads per rank": torch.get_num_threads(),
+                "resumed from step": snapshot.step if snapshot else "none",
+            }
+            path = start.dir / f"config.g{generation:04d}.toml"
+            try:
+                reading.write_toml(start.config, path, header)
+            except OSError as error:
+                raise UserError(f"cannot write {path}: {error.strerror}") from None
+    agents.generation = agents.comm.bcast(generation, root=0)
