@@ -21,13 +21,13 @@ from mpicdsgd.elastic import Arrays, mixed
 from mpicdsgd.errors import UserError
 from mpicdsgd.inspection import inspect
 from mpicdsgd.manifest import Damaged, Manifest, Place
-from mpicdsgd.runfolder import claim_generation, reason
+from mpicdsgd.runfolder import reason
 from mpicdsgd.snapshot import Keep, Snapshot, commit, describe, discard, say, write_own
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["Keep", "Snapshot", "claim_generation", "inspect", "read_newest", "write"]
+__all__ = ["Keep", "Snapshot", "inspect", "read_newest", "write"]
 
 log = logging.getLogger("mpicdsgd")
 
@@ -38,7 +38,7 @@ def write(
     """Write a checkpoint and drop what ``keep`` does not name. Collective over ``comm``.
 
     All ranks give the same step and the same generation, claimed by rank 0 with
-    `claim_generation`. A step that this generation has written already is not written again.
+    `owner.claim`. A step that this generation has written already is not written again.
     `background.Background` does the same while training goes on.
 
     Returns:

@@ -54,7 +54,7 @@ class Metrics:
 
     Args:
         run_dir: the run's folder, which exists.
-        generation: this run's, from `runfolder.claim_generation`.
+        generation: this run's, from `owner.claim`.
         resume_step: the checkpoint's step; None: the run starts anew and so does the file.
         enabled: False makes every method do nothing (all ranks but one).
         tensorboard: also write scalars for TensorBoard, below ``tensorboard/gNNNN``.

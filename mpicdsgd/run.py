@@ -59,7 +59,8 @@ class Run:
         self._deferred = agents.gpu is not None  # the host runs ahead, and waits for no loss
         self._periods = start.periods
         self.code = 0
-        self._stop = Stop(agents, config.run, server)
+        self._release = start.release
+        self._stop = Stop(agents, config.run, server, start.owner)
         buffers = [b for b in self.model.buffers() if b.dtype == torch.float32]
         with agents.agreement("optimizer"):
             self.optimizer = make_optimizer(
@@ -125,6 +126,7 @@ class Run:
             if isinstance(error, UserError) and not error.raised_on_all_ranks:
                 raise
             self._writer.close()
+            self._release()
             raise self._as_mistake(error) from None
         return self._last
 
@@ -144,6 +146,7 @@ class Run:
             with self.agents.agreement("the marker"):
                 if self.agents.rank == 0:
                     remove_marker(self._dir)
+        self._release()
 
     def _epoch(self) -> None:
         epoch, position = self.course.place(self.optimizer.steps)

@@ -1,27 +1,21 @@
-"""A run's folder: who owns it, and files that appear whole or not at all. No MPI here.
+"""A run's folder: its generations, and files that appear whole or not at all. No MPI here.
 
-Every incarnation of a run claims the next *generation* and writes only files that carry its number,
-so a process that was thought dead and still writes harms nothing. Two claimers at once get two
-numbers, because the kernel creates a file with O_EXCL once.
+Every incarnation of a run claims the next *generation* (`owner`) and writes only files that carry
+its number, so a process that was thought dead and still writes harms nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import os
 import re
-import socket
 import stat
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from mpicdsgd.errors import UserError
 
 log = logging.getLogger("mpicdsgd")
 
@@ -29,36 +23,9 @@ _CLAIM = re.compile(r"generation-(\d{4,9})")
 _OWNED = re.compile(r"(?:config|metrics|trace)\.g(\d{4,9})\.(?:toml|jsonl)")
 
 
-def claim_generation(run_dir: Path) -> int:
-    """Make the run's folder if need be and claim its next generation, 1 or more. Local: one rank.
-
-    The claim is the file ``generation-NNNN``, which says who holds it since when.
-
-    Raises:
-        UserError: the folder cannot be made or written.
-    """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        generation = newest_generation(run_dir) + 1
-        while True:
-            path = run_dir / f"generation-{generation:04d}"
-            try:
-                handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-                break
-            except FileExistsError:
-                generation += 1
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            owner = {"host": socket.gethostname(), "pid": os.getpid()}
-            json.dump({**owner, "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(run_dir)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"run folder {run_dir} cannot be made or written ({reason(error)}): "
-            "set run.dir to a folder that you may write"
-        ) from None
-    return generation
+def claim_file(run_dir: Path, generation: int) -> Path:
+    """The file whose creation claims ``generation``: see `owner`."""
+    return run_dir / f"generation-{generation:04d}"
 
 
 def newest_generation(run_dir: Path) -> int:

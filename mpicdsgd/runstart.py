@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from mpicdsgd import checkpoint, models, native, record, state
+from mpicdsgd import checkpoint, models, native, owner, record, state
 from mpicdsgd import config as reading
 from mpicdsgd.agents import Agents
 from mpicdsgd.agreement import TIMEOUT_S, agreement, collect
@@ -52,6 +52,7 @@ class Start:
     Attributes:
         dir: the run's folder, where this start's generation is claimed.
         course: of this start, with the place in the epochs that the checkpoint was at.
+        owner: of the folder, on rank 0.
         loss_fn: (outputs, targets) to the mean over the batch, shape ().
         snapshot: this agent's part of the checkpoint to go on from, if there is one.
         is_newcomer: whether this agent has its part of ``snapshot`` from others.
@@ -68,7 +69,13 @@ class Start:
     course: Course
     periods: Periods
     shared: dict[str, Any]
+    owner: owner.Owner | None = None
     snapshot: checkpoint.Snapshot | None = None
+
+    def release(self) -> None:
+        """Give the folder up. Local."""
+        if self.owner is not None:
+            self.owner.release()
 
     @property
     def is_newcomer(self) -> bool:
@@ -135,12 +142,22 @@ def prepare(config: Config, comm: MPI.Intracomm) -> Start:
             "versions": record.versions(MPI.Get_library_version(), native.backend),
         },
     )
-    if config.run.resume == "auto":
-        _find(start)
-    start.shared["shift"] = start.course.shift
-    _claim(start)
-    if start.is_newcomer:
-        state.seed_generators(seed, agents.rank + 1, agents.generation)
+    # Before the checkpoints are listed: an owner that was taken for dead removes none from now on.
+    with agreement(comm, "the run's folder", timeout_s + owner.LONGEST_S):
+        if agents.rank == 0:
+            start.owner = owner.claim(start.dir)
+    agents.generation = agents.comm.bcast(start.owner.generation if start.owner else 0)
+    try:
+        if config.run.resume == "auto":
+            _find(start)
+        start.shared["shift"] = start.course.shift
+        _write_config(start)
+    except UserError:
+        start.release()
+        raise
+    if start.is_newcomer and start.snapshot is not None:
+        # Not what it drew at the beginning, and the same however often this is tried.
+        state.seed_generators(seed, agents.rank + 1, start.snapshot.step)
     return start
 
 
@@ -236,14 +253,12 @@ def _tell(start: Start, before: int) -> None:
     )
 
 
-def _claim(start: Start) -> None:
-    """Claim a generation of the run's folder and write the config there. Collective."""
+def _write_config(start: Start) -> None:
+    """Write the config as it is, with what a result depends on. Collective."""
     agents, snapshot = start.agents, start.snapshot
     hosts = collect(agents.comm, "hosts", MPI.Get_processor_name(), agents.timeout_s)
-    generation = 0
-    with agents.agreement("run folder"):
+    with agents.agreement("the run's config"):
         if agents.rank == 0:
-            generation = checkpoint.claim_generation(start.dir)
             remove_marker(start.dir)
             header = {
                 **start.shared["versions"],
@@ -252,9 +267,8 @@ def _claim(start: Start) -> None:
                 "threads per rank": torch.get_num_threads(),
                 "resumed from step": snapshot.step if snapshot else "none",
             }
-            path = start.dir / f"config.g{generation:04d}.toml"
+            path = start.dir / f"config.g{agents.generation:04d}.toml"
             try:
                 reading.write_toml(start.config, path, header)
             except OSError as error:
                 raise UserError(f"cannot write {path}: {error.strerror}") from None
-    agents.generation = agents.comm.bcast(generation, root=0)

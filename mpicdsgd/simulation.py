@@ -19,13 +19,12 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from mpicdsgd import config as reading
-from mpicdsgd import native, record
+from mpicdsgd import native, owner, record
 from mpicdsgd.errors import UserError
 from mpicdsgd.exchange import AgentFault, Fault, Reason
 from mpicdsgd.population import Part, add, no_sums
 from mpicdsgd.progress import Progress, evaluation, reached
 from mpicdsgd.runconfig import Config, every
-from mpicdsgd.runfolder import claim_generation
 from mpicdsgd.simulationstart import prepare
 from mpicdsgd.stackedmeasure import measure
 from mpicdsgd.trace import SUMS, Lines
@@ -107,6 +106,7 @@ class Simulation:
             self._metrics.close()
             if self._trace is not None:
                 self._trace.close()
+            self._owner.release()
         return line
 
     def _step(self) -> None:
@@ -221,7 +221,8 @@ class Simulation:
     def _open_folder(self) -> int:
         """Claim a generation and write the config."""
         self._dir = Path(self.config.run.dir)
-        generation = claim_generation(self._dir)
+        self._owner = owner.claim(self._dir)
+        generation = self._owner.generation
         why = self._start.why_one_by_one
         header = {
             **record.versions(MPI.Get_library_version(), native.backend),

@@ -27,6 +27,7 @@ from mpicdsgd.agreement import collect
 from mpicdsgd.errors import UserError
 from mpicdsgd.links.server import Server
 from mpicdsgd.optim import AgentOptimizer
+from mpicdsgd.owner import Owner
 from mpicdsgd.runconfig import RunConfig
 from mpicdsgd.runfolder import newest_generation, reason, write_whole
 
@@ -48,10 +49,18 @@ class Stop:
     Args:
         config: with `max_seconds`, since the program began (0: no limit), and `resume`.
         server: the job's, if it has one: its rank may get a signal too.
+        owner: of the run's folder, on the rank that has it: it may have been taken over.
     """
 
-    def __init__(self, agents: Agents, config: RunConfig, server: Server | None) -> None:
+    def __init__(
+        self,
+        agents: Agents,
+        config: RunConfig,
+        server: Server | None,
+        owner: Owner | None = None,
+    ) -> None:
         self._agents, self._dir, self._server = agents, Path(config.dir), server
+        self._owner = owner
         self._max_seconds, self._resumes = config.max_seconds, config.resume != "never"
         self._why = ""
         self._step_s: deque[float] = deque(maxlen=_RECENT)
@@ -73,6 +82,8 @@ class Stop:
             self._why = signal.name.removeprefix("SIG")
         elif self._server is not None and self._server.signal:
             self._why = f"{self._server.signal} on rank {self._server.rank}, the server, told"
+        elif self._owner is not None and self._owner.is_taken_over:
+            self._why = "a newer run has taken over the folder"
         elif (
             self._max_seconds
             and now - stopsignals.STARTED + self.margin_s(optimizer, write_s) >= self._max_seconds

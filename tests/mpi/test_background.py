@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from mpicdsgd import background, checkpoint
+from mpicdsgd import background, checkpoint, owner
 from mpicdsgd.background import Background
 from mpicdsgd.checkpoint import Keep, Snapshot
 
@@ -200,7 +200,7 @@ def test_a_newer_generation_is_left_alone(
     save(old, 10, comm)
     old.finish()
     if comm.rank == 0:
-        assert [checkpoint.claim_generation(run) for _ in range(2)] == [1, 2]
+        assert [owner.claim(run).generation for _ in range(2)] == [1, 2]
     comm.barrier()
     save(old, 20, comm)
     old.close()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from mpicdsgd import checkpoint
+from mpicdsgd import checkpoint, owner
 from mpicdsgd.checkpoint import Keep, Snapshot
 from mpicdsgd.errors import UserError
 
@@ -133,7 +133,5 @@ def test_refusals_reach_every_rank(run: Path, comm: MPI.Intracomm) -> None:
 
 
 def test_claim_by_one_rank(run: Path, comm: MPI.Intracomm) -> None:
-    claims = [
-        comm.bcast(checkpoint.claim_generation(run) if comm.rank == 0 else None) for _ in range(3)
-    ]
+    claims = [comm.bcast(owner.claim(run).generation if comm.rank == 0 else None) for _ in range(3)]
     assert claims == [1, 2, 3]

@@ -24,7 +24,7 @@ from mpi4py import MPI
 from samerun import checkpoints, same_run
 from torch import nn
 
-from mpicdsgd import UserError, runfolder, stopsignals, trace
+from mpicdsgd import UserError, owner, stopsignals, trace
 from mpicdsgd.background import Background
 from mpicdsgd.job import train as train_job
 from mpicdsgd.run import Run
@@ -387,7 +387,7 @@ def test_a_zombie_leaves_no_marker(
     if comm.rank == 0:
 
         def overtaken() -> None:
-            runfolder.claim_generation(Path("zombie"))
+            owner.claim(Path("zombie"))
             usr1()
 
         plan["step 3"] = overtaken

@@ -215,9 +215,9 @@ import sys
 sys.path[:0] = sys.argv[2:]
 from pathlib import Path
 from team import Rank, Team, snapshot
-from mpicdsgd import checkpoint
+from mpicdsgd import checkpoint, owner
 run = Path(sys.argv[1])
-generation = checkpoint.claim_generation(run)
+generation = owner.claim(run).generation
 newest = checkpoint.read_newest(run, Rank(Team(1), 0), lambda shared: None)
 step = newest.step if newest else 0
 print(step, flush=True)

@@ -1,10 +1,9 @@
-"""Generations are claimed once, and files appear whole or not at all."""
+"""Files appear whole or not at all."""
 
 import json
 import math
 import os
 import stat
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,41 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpicdsgd import runfolder
-from mpicdsgd.errors import UserError
-
-
-def test_generations_are_consecutive(tmp_path: Path) -> None:
-    run = tmp_path / "a" / "b"
-    assert [runfolder.claim_generation(run) for _ in range(3)] == [1, 2, 3]
-    assert sorted(os.listdir(run)) == ["generation-0001", "generation-0002", "generation-0003"]
-    assert json.loads((run / "generation-0002").read_text())["pid"] == os.getpid()
-
-
-def test_claimers_at_once_get_different_generations(tmp_path: Path) -> None:
-    with ThreadPoolExecutor(16) as pool:
-        claimed = list(pool.map(lambda _: runfolder.claim_generation(tmp_path), range(48)))
-    assert sorted(claimed) == list(range(1, 49))
-
-
-def test_claim_does_not_trust_what_it_listed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "generation-0001").touch()
-    monkeypatch.setattr(runfolder, "newest_generation", lambda run: 0)
-    assert runfolder.claim_generation(tmp_path) == 2
-
-
-def test_claim_goes_beyond_files_whose_claim_was_deleted(tmp_path: Path) -> None:
-    (tmp_path / "metrics.g0007.jsonl").touch()
-    assert runfolder.claim_generation(tmp_path) == 8
-
-
-def test_claim_where_a_file_is_in_the_way(tmp_path: Path) -> None:
-    (tmp_path / "run").touch()
-    for run in (tmp_path / "run", tmp_path / "run" / "below", Path("/proc/nowhere")):
-        with pytest.raises(UserError, match=r"cannot be made or written .*run\.dir") as caught:
-            runfolder.claim_generation(run)
-        assert "\n" not in str(caught.value)
 
 
 def test_write_whole_replaces(tmp_path: Path) -> None:

@@ -1,0 +1,252 @@
+"""One living owner of a run's folder. No MPI here: rank 0 calls it for all.
+
+Who starts or goes on with a run claims the next *generation* of its folder: a file
+``generation-NNNN``, created with O_EXCL, so that of two who come at once one gets it. It says which
+process holds it, and that process touches it every few seconds while it lives. A newcomer waits for
+a living owner's end for a while, and then refuses; a dead one's folder it takes over.
+
+That an owner is dead can be a mistake (a process that was stopped, a file system that hung). It
+does no harm: every file carries its writer's generation, and readers take the newest.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+from mpicdsgd.errors import UserError
+from mpicdsgd.runfolder import (
+    claim_file,
+    newest_generation,
+    reason,
+    sync_folder,
+    temporary_name,
+    write_whole,
+)
+
+log = logging.getLogger("mpicdsgd")
+
+BEAT_S = 5.0  # between two touches
+SILENT_S = 20.0  # without one an owner is dead; an NFS client shows them a few seconds late
+PATIENCE_S = 60.0  # how long a living owner's end is waited for
+LONGEST_S = PATIENCE_S + 2 * SILENT_S  # that `claim` takes, at most
+_LONG_AGO_S = 3600.0  # more than clocks in a cluster differ
+_LOOK_S = 0.25
+
+
+class Owner:
+    """The claim of a generation, held until `release`. Made by `claim`; local, as all here is.
+
+    Attributes:
+        generation: 1 or more.
+    """
+
+    def __init__(self, run_dir: Path, generation: int, about: dict[str, Any]) -> None:
+        self.generation = generation
+        self._run_dir, self._about = run_dir, about
+        self._path = claim_file(run_dir, generation)
+        self._pid = os.getpid()  # a forked child has not the claim
+        self._over = threading.Event()
+        self._taken_over = False
+        self._thread = threading.Thread(target=self._beat, name="mpicdsgd owner", daemon=True)
+        self._thread.start()
+        atexit.register(self.release)
+        _mine[self._path.resolve()] = self
+
+    @property
+    def is_taken_over(self) -> bool:
+        """Whether somebody has claimed a newer generation, so that this one counts no more."""
+        return self._taken_over
+
+    def release(self) -> None:
+        """Say that this generation has ended. A second call does nothing."""
+        if self._over.is_set() or os.getpid() != self._pid:
+            return
+        self._over.set()
+        atexit.unregister(self.release)
+        self._thread.join()
+        try:
+            write_whole(self._path, _text({**self._about, "until": _now()}))
+        except OSError as error:
+            log.warning("%s cannot be written: %s", self._path, reason(error))
+
+    def _beat(self) -> None:
+        said = False
+        while not self._over.wait(BEAT_S):
+            try:
+                os.utime(self._path)
+                self._taken_over = newest_generation(self._run_dir) > self.generation
+            except OSError as error:
+                if not said:
+                    log.warning("%s cannot be touched: %s", self._path, reason(error))
+                said = True
+
+
+# Of this process, which may leave a run and begin another one in the same folder.
+_mine: weakref.WeakValueDictionary[Path, Owner] = weakref.WeakValueDictionary()
+
+
+def claim(run_dir: Path) -> Owner:
+    """Make the run's folder if need be and claim its next generation.
+
+    Takes `LONGEST_S` at most.
+
+    Raises:
+        UserError: the folder cannot be made or written, or has a living owner.
+    """
+    run_dir = Path(run_dir)
+    about = _identity()
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        until = time.monotonic() + PATIENCE_S
+        while True:
+            newest = newest_generation(run_dir)
+            _wait_for_the_end(run_dir, newest, about, until)
+            path = claim_file(run_dir, newest + 1)
+            try:
+                handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            except FileExistsError:  # somebody was faster, and is to be judged
+                continue
+            with os.fdopen(handle, "wb") as file:
+                file.write(_text(about))
+                file.flush()
+                os.fsync(file.fileno())
+            owner = Owner(run_dir, newest + 1, about)
+            sync_folder(run_dir)
+            return owner
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"run folder {run_dir} cannot be made or written ({reason(error)}): "
+            "set run.dir to a folder that you may write"
+        ) from None
+
+
+def _wait_for_the_end(run_dir: Path, newest: int, me: dict[str, Any], until: float) -> None:
+    """Return when generation ``newest`` has no living owner; raise a UserError where it stays."""
+    path = claim_file(run_dir, newest)
+    if not path.exists():
+        return
+    beats = _touched(path)
+    since = time.monotonic()
+    is_long_silent = _now_there(run_dir) - beats > _LONG_AGO_S
+    said = False
+    while True:
+        owner, own = _read(path), _mine.get(path.resolve())
+        if own is not None:
+            own.release()
+            return
+        if "until" in owner or _has_ended(owner, me):
+            return
+        now, latest = time.monotonic(), _touched(path)
+        if latest != beats:
+            beats, since, is_long_silent = latest, now, False
+        if is_long_silent or now - since > SILENT_S:
+            log.warning("%s has given no sign of life: its run is taken over", _named(owner, path))
+            return
+        if now > until:
+            raise UserError(
+                f"run folder {run_dir} is in use by {_named(owner, path)}: wait for its end, end "
+                "it, or set run.dir to another folder"
+            )
+        if not said:
+            said = True
+            log.info(
+                "run folder %s is or was in use by %s: waiting up to %g s to see whether it ends",
+                run_dir, _named(owner, path), PATIENCE_S,
+            )  # fmt: skip
+        time.sleep(_LOOK_S)
+
+
+def _has_ended(owner: dict[str, Any], me: dict[str, Any]) -> bool:
+    """Whether ``owner`` is known not to live, without waiting."""
+    if owner.get("machine") and owner["machine"] == me["machine"]:
+        started = _start_of(owner.get("pid"))
+        return started is None or started != owner.get("started")
+    # Slurm starts a job again only when it has ended what was left of it.
+    same = bool(owner.get("job")) and owner["job"] == me["job"]
+    return same and int(owner.get("restart", 0)) < int(me["restart"])
+
+
+def _identity() -> dict[str, Any]:
+    pid, environment = os.getpid(), os.environ
+    job = environment.get("SLURM_JOB_ID", "")
+    restart = environment.get("SLURM_RESTART_COUNT", "")
+    return {
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "pid": pid,
+        "started": _start_of(pid),
+        "job": f"{environment.get('SLURM_CLUSTER_NAME', '')} {job}".strip() if job else "",
+        "restart": int(restart) if restart.isdecimal() else 0,
+        "since": _now(),
+    }
+
+
+def _machine() -> str:
+    """Where a pid means what it means here: this boot of this host, and these processes."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return ""
+
+
+def _start_of(pid: Any) -> int | None:
+    """When process ``pid`` began, in the kernel's ticks; None if it has ended."""
+    try:
+        text = Path(f"/proc/{int(pid)}/stat").read_text()
+        fields = text.rpartition(")")[2].split()
+        # Ended already, and only not yet asked about by its parent.
+        return None if fields[0] in ("Z", "X") else int(fields[19])
+    except (OSError, ValueError, IndexError, TypeError):
+        return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):  # it is being written, or was cut short
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _touched(path: Path) -> float:
+    """When the file was, by the file system's clock; opened, so that NFS asks its server."""
+    with open(path, "rb") as file:
+        return os.fstat(file.fileno()).st_mtime
+
+
+def _now_there(run_dir: Path) -> float:
+    """The time, by the clock of whoever would touch a file there now."""
+    path = temporary_name(run_dir / f"clock-{os.getpid()}")
+    try:
+        path.touch()
+        return path.stat().st_mtime
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _named(owner: dict[str, Any], path: Path) -> str:
+    if not owner:
+        return f"the process that claimed {path.name}"
+    job = f", Slurm job {owner['job']}" if owner.get("job") else ""
+    return (
+        f"process {owner.get('pid')} on {owner.get('host')}{job} (generation "
+        f"{int(path.name.rpartition('-')[2])}, since {owner.get('since')})"
+    )
+
+
+def _text(about: dict[str, Any]) -> bytes:
+    return json.dumps(about).encode()
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
