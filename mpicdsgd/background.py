@@ -11,6 +11,7 @@ meet no other message.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -23,8 +24,9 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from mpicdsgd import snapshot as state
-from mpicdsgd.manifest import FileEntry, Place, place_of
+from mpicdsgd.manifest import FileEntry, Place, looks_intact, place_of
 from mpicdsgd.rankfile import About
+from mpicdsgd.runfolder import sync_folder
 from mpicdsgd.snapshot import Keep, Snapshot
 from mpicdsgd.writerprocess import WriterProcess
 
@@ -239,8 +241,14 @@ class Background:
         )
 
     def _committed(self, job: _UnderWay, answer: dict[str, Any]) -> None:
-        problems = [f"rank 0: {answer['problem']}"] if answer["problem"] else []
-        self._outcome(job, problems, answer.get("remark", ""))
+        problem, remark = answer["problem"], answer.get("remark", "")
+        if problem and looks_intact(job.place):
+            # The process ended after the manifest, and may have removed the checkpoints before.
+            with contextlib.suppress(OSError):
+                sync_folder(job.place.folder)
+            remark = f"the checkpoint of step {job.place.step} is written, but {problem}"
+            problem = ""
+        self._outcome(job, [f"rank 0: {problem}"] if problem else [], remark)
 
     def _outcome(self, job: _UnderWay, problems: list[str], remark: str) -> None:
         if problems:

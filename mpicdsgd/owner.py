@@ -58,7 +58,6 @@ class Owner:
         self._taken_over = False
         self._thread = threading.Thread(target=self._beat, name="mpicdsgd owner", daemon=True)
         self._thread.start()
-        atexit.register(self.release)
         _mine[self._path.resolve()] = self
 
     @property
@@ -71,10 +70,11 @@ class Owner:
         if self._over.is_set() or os.getpid() != self._pid:
             return
         self._over.set()
-        atexit.unregister(self.release)
         self._thread.join()
         try:
             write_whole(self._path, _text({**self._about, "until": _now()}))
+        except FileNotFoundError:  # somebody has removed the run's folder
+            pass
         except OSError as error:
             log.warning("%s cannot be written: %s", self._path, reason(error))
 
@@ -88,6 +88,13 @@ class Owner:
                 if not said:
                     log.warning("%s cannot be touched: %s", self._path, reason(error))
                 said = True
+
+
+@atexit.register
+def release_all() -> None:
+    """Release what this process still holds. Local."""
+    for held in list(_mine.values()):
+        held.release()
 
 
 # Of this process, which may leave a run and begin another one in the same folder.

@@ -68,12 +68,20 @@ class Run:
                 self.model.parameters(),
                 agents,
                 config.exchange,
-                Circumstances(per_epoch, self.data.shares[agents.rank], config.run.seed, server),
+                Circumstances(
+                    per_epoch,
+                    self.data.shares[agents.rank],
+                    config.run.seed,
+                    server,
+                    self.course.shift,
+                ),
                 buffers if config.model.buffers == "mixed" else (),
             )
         self.total_steps = self.course.total_steps
         with agents.agreement("schedule"):
-            self.scheduler = make_scheduler(config.optim, self.optimizer, self.total_steps)
+            self.scheduler = make_scheduler(
+                config.optim, self.optimizer, self.total_steps, self.course.shift
+            )
         self._start = time.monotonic()
         self._before = {"time_s": 0.0, "wait_s": 0.0, "bytes_sent": 0.0}
         self._means = RunningMeans()

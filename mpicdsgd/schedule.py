@@ -64,12 +64,13 @@ def cosine(total_steps: int) -> Schedule:
     return lambda k: 0.5 * (1.0 + math.cos(math.pi * min(k, total_steps) / total_steps))
 
 
-def parse(spec: str, total_steps: int) -> Schedule:
+def parse(spec: str, total_steps: int, shift: int = 0) -> Schedule:
     """The schedule that ``spec`` names: fixed, diminishing:0.6, inverse-sqrt:1e-4, cosine.
 
     Args:
         spec: name, and after a colon the number it needs.
         total_steps: length of the run in steps; cosine ends there.
+        shift: of the run's `course.Course`: cosine ends with the epochs, and so goes by them.
 
     Raises:
         UserError: anything else.
@@ -77,7 +78,10 @@ def parse(spec: str, total_steps: int) -> Schedule:
     name, colon, text = spec.strip().partition(":")
     match name:
         case "fixed" | "cosine" if not colon:
-            return fixed() if name == "fixed" else cosine(total_steps)
+            if name == "fixed":
+                return fixed()
+            by_epochs = cosine(total_steps + shift)
+            return lambda k: by_epochs(k + shift)
         case "diminishing" | "inverse-sqrt" if colon:
             try:
                 number = float(text)

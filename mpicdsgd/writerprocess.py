@@ -97,7 +97,9 @@ class WriterProcess:
         {"entry": ...} or {"problem": text}; of a commit {"problem": text, "remark": text}.
         """
         while b"\n" not in self._said:
-            if not select.select([self._answers], [], [], timeout_s)[0]:
+            poll = select.poll()  # not select(), which knows no descriptor above 1023
+            poll.register(self._answers, select.POLLIN)
+            if not poll.poll(None if timeout_s is None else 1000 * timeout_s):
                 return None
             part = os.read(self._answers.fileno(), 1 << 16)
             if not part:
@@ -125,6 +127,11 @@ class WriterProcess:
 
 
 def _end(process: subprocess.Popen[bytes], memory: int) -> None:
+    assert process.stdin is not None
+    # Said, too: data loaders forked meanwhile hold the pipe open as long as they live.
+    with contextlib.suppress(OSError):
+        process.stdin.write(json.dumps({"do": "end"}).encode() + b"\n")
+        process.stdin.flush()
     for pipe in (process.stdin, process.stdout):
         assert pipe is not None
         with contextlib.suppress(OSError):
@@ -171,6 +178,8 @@ def main(memory: int) -> int:
     os.dup2(2, 1)  # whatever a library prints is no answer
     for line in sys.stdin.buffer:
         job = json.loads(line)
+        if job["do"] == "end":
+            break
         try:
             answer = _write(memory, job) if job["do"] == "write" else _commit(job)
         except Exception as error:  # the rank waits for an answer

@@ -32,7 +32,8 @@ class Circumstances:
     """What an algorithm must know of its run.
 
     Attributes:
-        steps_per_epoch, seed: of the run.
+        steps_per_epoch, shift: of the run's `course.Course`.
+        seed: of the run.
         samples: of this agent.
         server: where `settings.needs_server`.
     """
@@ -41,6 +42,7 @@ class Circumstances:
     samples: int
     seed: int
     server: Server | None
+    shift: int = 0
 
 
 def make_optimizer(
@@ -81,6 +83,7 @@ def make_optimizer(
             FedAvg,
             {
                 "period": config.local_epochs * circumstances.steps_per_epoch,
+                "shift": circumstances.shift,
                 "fraction": config.fraction,
                 "samples": circumstances.samples,
                 "server_momentum": config.server_momentum,
@@ -139,15 +142,19 @@ def _mixed(
 
 
 def make_scheduler(
-    config: OptimConfig, optimizer: torch.optim.Optimizer, total_steps: int
+    config: OptimConfig, optimizer: torch.optim.Optimizer, total_steps: int, shift: int = 0
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """The schedule that ``config`` names, to be stepped after every step. Local.
+
+    Args:
+        total_steps: of the whole run.
+        shift: of its `course.Course`.
 
     Raises:
         UserError: for an unknown schedule or arguments that it does not take.
     """
     if ":" not in config.schedule or config.schedule.partition(":")[0] in schedule.NAMES:
-        factor = schedule.parse(config.schedule, total_steps)
+        factor = schedule.parse(config.schedule, total_steps, shift)
         return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     kind = plugins.load_function(config.schedule, "optim.schedule")
     try:

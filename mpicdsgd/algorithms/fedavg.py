@@ -35,6 +35,7 @@ class FedAvg(AgentOptimizer):
         lr: step size alpha, >= 0.
         weight_decay: lambda >= 0; the gradient becomes g + lambda x.
         period: steps of a round, >= 1: E times those of an epoch.
+        shift: a round ends where ``period`` divides step + shift.
         fraction: C in (0, 1]; at least one agent is chosen.
         samples: of this agent, its weight n_k; >= 1.
         server_momentum: beta in [0, 1).
@@ -56,6 +57,7 @@ class FedAvg(AgentOptimizer):
         samples: int = 1,
         server_momentum: float = 0.0,
         seed: int = 0,
+        shift: int = 0,
         buffers: Iterable[torch.Tensor] = (),
         exchange: ExchangeConfig | None = None,
         debug: bool = False,
@@ -69,13 +71,16 @@ class FedAvg(AgentOptimizer):
                     f"fraction (C, of the agents that take part in a round) must be in (0, 1], "
                     f"got {fraction}"
                 )
-        agents.require_same("FedAvg's arguments", repr((period, fraction, server_momentum, seed)))
+        agents.require_same(
+            "FedAvg's arguments", repr((period, fraction, server_momentum, seed, shift))
+        )
         self._link_arguments = {
             "period": period,
             "fraction": fraction,
             "samples": samples,
             "server_momentum": server_momentum,
             "seed": seed,
+            "shift": shift,
         }
         defaults = {"lr": lr, "weight_decay": weight_decay}
         super().__init__(params, defaults, agents, buffers=buffers, exchange=exchange, debug=debug)

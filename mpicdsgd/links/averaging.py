@@ -32,6 +32,7 @@ class RoundAverage(Link):
         samples: n_k of this agent.
         server_momentum: beta.
         seed: of the choice, the same on all agents.
+        shift: added to the step before it is divided by ``period``.
     """
 
     def __init__(
@@ -45,9 +46,11 @@ class RoundAverage(Link):
         samples: int,
         server_momentum: float,
         seed: int,
+        shift: int,
     ) -> None:
         super().__init__(agents, EVERY, timeout_s)
         self._period, self._fraction, self._seed = period, fraction, seed
+        self._shift = shift
         self._beta, self._parameters_end = server_momentum, arena.parameters_end
         size = arena.size
         self._samples = np.array(self.comm.allgather(samples), np.float64)
@@ -64,7 +67,7 @@ class RoundAverage(Link):
 
     def takes_part(self, step: int) -> bool:
         """Whether this agent makes the step after ``step``."""
-        return self.agents.rank in self.chosen(step // self._period)
+        return self.agents.rank in self.chosen((step + self._shift) // self._period)
 
     def began(self, step: int, is_new: bool) -> None:
         if is_new:
@@ -73,9 +76,10 @@ class RoundAverage(Link):
             self.memory.replace(self._server)
 
     def stepped(self, step: int) -> None:
-        if step % self._period:
+        round_, begun = divmod(step + self._shift, self._period)
+        if begun:
             return
-        chosen = self.chosen(step // self._period - 1)
+        chosen = self.chosen(round_ - 1)
         share = 0.0
         if self.agents.rank in chosen:
             share = self._samples[self.agents.rank] / self._samples[chosen].sum()

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 from mpi4py import MPI
 
-from mpicdsgd import gpu, shutdown, stopsignals
+from mpicdsgd import gpu, owner, shutdown, stopsignals
 
 
 def pytest_report_header() -> str:
@@ -50,6 +50,13 @@ def signals_are_the_tests_own() -> Iterator[None]:
     for number, handler in zip(stopsignals.STOP, before, strict=True):
         signal.signal(number, handler)
     stopsignals.forget()
+
+
+@pytest.fixture(autouse=True)
+def nobody_owns_a_folder_that_is_gone() -> Iterator[None]:
+    """A run that a test leaves would go on touching its claim, and say that it cannot."""
+    yield
+    owner.release_all()
 
 
 @pytest.fixture

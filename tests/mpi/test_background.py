@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,6 +135,35 @@ def test_a_rank_that_cannot_write_is_everybodys(
     save(writer, 30, comm)
     writer.close()
     assert read(run, comm) == 30
+
+
+def test_a_writer_that_dies_once_it_is_there(
+    run: Path, comm: MPI.Intracomm, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before it can say so: the checkpoints before may be gone by now."""
+    writer = Background(run, 1, comm, Keep(1))
+    save(writer, 10, comm)
+    writer.finish()
+    process = writer._process
+    if comm.rank == 0:
+        assert process is not None
+        answer = process.answer
+
+        def ended(timeout_s: float | None = 0.0) -> Any:
+            found = answer(timeout_s)
+            killed = found is not None and "remark" in found
+            return {"problem": "the writer process ended with code -9"} if killed else found
+
+        process.answer = ended  # type: ignore[method-assign]
+    save(writer, 20, comm)
+    writer.finish()
+    assert writer.step == 20
+    assert steps_there(run) == ["step-00000020"]
+    assert read(run, comm) == 20
+    texts = [r.getMessage() for r in caplog.records]
+    expected = "the checkpoint of step 20 is written, but the writer process ended with code -9"
+    assert texts == [expected] * (comm.rank == 0)
+    writer.close()
 
 
 @pytest.mark.parametrize("which", ["rank 0", "last rank"])

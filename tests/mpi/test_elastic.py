@@ -217,6 +217,22 @@ def test_what_was_to_stay_stays(comm: MPI.Intracomm) -> None:
     assert len(there) == 3
 
 
+def test_fedavg_averages_at_the_ends_of_epochs(comm: MPI.Intracomm) -> None:
+    settings = ("optim.name=fedavg", "run.keep=9", "run.checkpoint_every=1 steps")
+    first(comm, FEWER, *settings, until=7)
+    run = Run(config(*settings), comm)
+    run.train()
+    alike = [
+        np.ptp(saved(N, step, "x"), axis=0).max() == 0
+        for step in range(run.total_steps - 8, run.total_steps + 1)
+    ]
+    ends = [
+        run.course.place(step)[1] == 0 for step in range(run.total_steps - 8, run.total_steps + 1)
+    ]
+    assert alike == ends
+    assert any(ends)
+
+
 def test_without_it_the_number_must_be_the_same(comm: MPI.Intracomm) -> None:
     first(comm, FEWER, until=7)
     with pytest.raises(UserError, match=rf"is of {FEWER} agents.*set resume.elastic = true"):

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpicdsgd import schedule
+from mpicdsgd.course import Course
 from mpicdsgd.errors import UserError
 
 
@@ -22,6 +23,18 @@ def test_cosine_falls_from_one_to_zero_and_stays() -> None:
     factor = schedule.parse("cosine", 8)
     assert [factor(k) for k in (0, 4, 8, 9)] == pytest.approx([1, 0.5, 0, 0])
     assert all(factor(k + 1) < factor(k) for k in range(8))
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 9), st.integers(0, 8))
+def test_cosine_goes_on_where_the_epochs_are(then: int, now: int, epochs: int, done: int) -> None:
+    """Another number of agents makes other steps of an epoch, and no jump of the step size."""
+    step = min(done, epochs) * then
+    before = Course(epochs, then)
+    after = Course(epochs, now).going_on(before, step)
+    old = schedule.parse("cosine", before.total_steps)
+    new = schedule.parse("cosine", after.total_steps, after.shift)
+    assert new(step) == pytest.approx(old(step), abs=1e-12)
+    assert new(after.total_steps) == pytest.approx(0, abs=1e-12)
 
 
 @given(st.floats(0.5, 1, exclude_min=True), st.integers(0, 10**6))

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -108,3 +109,23 @@ def test_it_needs_neither_torch_nor_mpi() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout == "[]\n"
+
+
+def test_it_ends_while_a_forked_child_holds_its_pipe(tmp_path: Path) -> None:
+    """As a data loader's processes do, which are forked after it and live on."""
+    writer = WriterProcess()
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        writer.write(tmp_path, about(1, ARRAYS), ARRAYS)
+        closing = threading.Thread(target=writer.close)
+        closing.start()
+        closing.join(30)
+        assert not closing.is_alive()
+        assert not writer.alive
+        assert place_of(tmp_path, 1, 1).rank_file(0).exists(), "what it had been given is done"
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
