@@ -29,7 +29,7 @@ def origins(mixing: Mixing, before: int) -> NDArray[np.float64]:
     n = mixing.graph.n
     Pi = np.mean([turn.Pi for turn in mixing.turns], axis=0)
     near = mixing.graph.adjacency()
-    # A fastest mixing matrix may have weights < 0, or 0 on an edge: these are no mix of states.
+    # A file's matrix may have weights < 0, the fastest one 0 on an edge: these mix no states.
     weights = np.where(near & (Pi > 0), Pi, 0.0)
     W = np.eye(n, before)
     placed = np.arange(n) < before

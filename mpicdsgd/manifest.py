@@ -16,6 +16,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -263,7 +264,8 @@ def prune(run_dir: Path, generation: int, keep: int) -> str:
     if newest_generation(run_dir) > generation:
         taken = f"{run_dir} has been taken over by a newer run"
         return f"{taken}: its checkpoints count, this one's do not"
-    kept = [p for p in places(run_dir) if p.generation <= generation and looks_intact(p)][:keep]
+    ours = (p for p in places(run_dir) if p.generation <= generation and looks_intact(p))
+    kept = list(islice(ours, keep))
     for folder in step_folders(run_dir):
         step = int(folder.name.removeprefix("step-"))
         finished = {place.generation for place in places_in(folder)}

@@ -109,7 +109,7 @@ def claim(run_dir: Path) -> Owner:
     Raises:
         UserError: the folder cannot be made or written, or has a living owner.
     """
-    run_dir = Path(run_dir)
+    run_dir = Path(run_dir).absolute()  # it is touched wherever the process goes
     about = _identity()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -233,7 +233,7 @@ def _touched(path: Path) -> float:
 
 def _now_there(run_dir: Path) -> float:
     """The time, by the clock of whoever would touch a file there now."""
-    path = temporary_name(run_dir / f"clock-{os.getpid()}")
+    path = temporary_name(run_dir / f"clock-{os.getpid()}-{threading.get_ident()}")
     try:
         path.touch()
         return path.stat().st_mtime
