@@ -101,10 +101,13 @@ def release_all() -> None:
 _mine: weakref.WeakValueDictionary[Path, Owner] = weakref.WeakValueDictionary()
 
 
-def claim(run_dir: Path) -> Owner:
+def claim(run_dir: Path, heir_of: int | None = None) -> Owner:
     """Make the run's folder if need be and claim its next generation.
 
     Takes `LONGEST_S` at most.
+
+    Args:
+        heir_of: a generation whose owner is known to be dead.
 
     Raises:
         UserError: the folder cannot be made or written, or has a living owner.
@@ -116,7 +119,8 @@ def claim(run_dir: Path) -> Owner:
         until = time.monotonic() + PATIENCE_S
         while True:
             newest = newest_generation(run_dir)
-            _wait_for_the_end(run_dir, newest, about, until)
+            if newest != heir_of:
+                _wait_for_the_end(run_dir, newest, about, until)
             path = claim_file(run_dir, newest + 1)
             try:
                 handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)

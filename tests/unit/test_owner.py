@@ -240,6 +240,19 @@ def test_one_silent_for_hours_is_not_watched(
     assert owner.claim(tmp_path).generation == 2
 
 
+def test_an_heir_does_not_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beating: None
+) -> None:
+    """Its agents know that rank 0 is dead, and hold the folder together."""
+    monkeypatch.setattr(time, "sleep", lambda s: pytest.fail("it waits"))
+    assert owner.claim(tmp_path, heir_of=1).generation == 2
+
+
+def test_an_heir_of_another_is_none(tmp_path: Path, beating: None) -> None:
+    with pytest.raises(UserError, match="in use by"):
+        owner.claim(tmp_path, heir_of=7)
+
+
 def test_release_twice(tmp_path: Path) -> None:
     held = owner.claim(tmp_path)
     held.release()
