@@ -168,6 +168,13 @@ class Background:
             self._process = None
         self._comm.Free()
 
+    def abandon(self) -> None:
+        """Leave what is under way, as other agents are dead, and end the process. Local."""
+        self._closed = True
+        if self._process is not None:
+            self._process.kill()
+            self._process = None
+
     def _here(self, job: _UnderWay) -> bool:
         """Whether this rank has done its part."""
         if self._comm.rank == 0:
