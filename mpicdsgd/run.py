@@ -151,14 +151,18 @@ class Run:
         return self._snapshot()
 
     def _make_up(self) -> None:
-        """Do what was due after the step taken over, if a death prevented it. Collective."""
-        done = self.optimizer.steps
+        """Do what was due before the step taken over, as a death may have prevented it. Collective.
+
+        A checkpoint is written in any case: one that was under way is lost.
+        """
+        done, course = self.optimizer.steps, self.course
+        at_end = done == self.total_steps
         line = self.agents.comm.bcast(self._metrics.last)
         if line is not None and line["step"] == done:
             self._last = line
-        elif done == self.total_steps or self.course.is_due(done, self._periods.evaluate):
+        elif at_end or course.was_due(done, self._periods.evaluate, line["epoch"] if line else 0):
             self._evaluate()
-        if done == self.total_steps or self.course.is_due(done, self._periods.save):
+        if at_end or self._periods.save:
             self._save()
 
     def _end(self) -> None:

@@ -115,6 +115,7 @@ def test_one_after_the_other_on_a_torus(train: Train, tmp_path: Path) -> None:
     assert "mixing uniform needs a regular graph" in ended.err
     assert "mixing metropolis from now on" in ended.err
     assert len(found) == 6, "the evaluation that a death fell into was made up for"
+    assert found[0]["step"] - 15 in (0, 1), "there, or after the step that an agent had done since"
 
 
 def test_one_dies_while_the_others_recover(train: Train, tmp_path: Path) -> None:
@@ -140,6 +141,8 @@ def test_one_dies_in_the_last_evaluation(train: Train, tmp_path: Path) -> None:
     ended = train(4, plan)
     found = went_on(ended, tmp_path, 4, 1)
     assert [len(line["test_loss"]["agents"]) for line in found] == [4, 4, 4, 4, 4, 3]
+    steps = [path.name for path in (tmp_path / "run/checkpoints").iterdir()]
+    assert f"step-{found[-1]['step']:08d}" in steps
 
 
 def test_half_without_rank_0_is_too_few(train: Train, tmp_path: Path) -> None:
