@@ -120,13 +120,16 @@ class Patience:
 def wait_for(request: Testable, timeout_s: float, who: str) -> None:
     """Complete ``request``, or raise `Disagreement` after ``timeout_s``."""
     patience = Patience(timeout_s)
-    while not request.Test():
-        if not patience.pause():
-            _abandoned.append(request)
-            raise Disagreement(
-                f"{who}: waited {timeout_s:g} s for the other ranks; did one leave, or not come "
-                "to this call?"
-            )
+    try:
+        while not request.Test():
+            if not patience.pause():
+                raise Disagreement(
+                    f"{who}: waited {timeout_s:g} s for the other ranks; did one leave, or not "
+                    "come to this call?"
+                )
+    except BaseException:
+        _abandoned.append(request)
+        raise
 
 
 def _put(field: np.ndarray[tuple[int], np.dtype[np.uint8]], text: str) -> None:

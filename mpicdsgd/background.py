@@ -36,6 +36,9 @@ _RECORD_BYTES = 512  # of an agent's outcome: size and checksum, or what went wr
 _PATIENCE_S = 60.0  # after this the log says what the run is waiting for
 
 
+_left: list[_UnderWay] = []  # with their buffers: MPI may yet write into them
+
+
 @dataclass
 class _UnderWay:
     """A checkpoint that is being written."""
@@ -169,6 +172,15 @@ class Background:
             self._process.close()
             self._process = None
         self._comm.Free()
+
+    def abandon(self) -> None:
+        """Leave what is under way, as other agents are dead, and end the process. Local."""
+        self._closed = True
+        if self._job is not None:
+            _left.append(self._job)
+        if self._process is not None:
+            self._process.kill()
+            self._process = None
 
     def _here(self, job: _UnderWay) -> bool:
         """Whether this rank has done its part."""

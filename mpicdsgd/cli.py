@@ -24,6 +24,15 @@ from mpicdsgd.errors import UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in ``argv``; returns the exit code. ``train`` is collective."""
+    code = _main(argv)
+    if _started():
+        from mpicdsgd import shutdown
+
+        shutdown.leave(code)
+    return code
+
+
+def _main(argv: Sequence[str] | None) -> int:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest:  # argparse takes no overrides behind an option: train RUN.toml --agents 5 optim.lr=0.1
@@ -55,7 +64,7 @@ def _mistake(error: UserError) -> int:
     from mpicdsgd import shutdown
 
     if not shutdown.in_job() or error.raised_on_all_ranks:
-        if MPI.COMM_WORLD.rank == 0 and (shutdown.in_job() or _first()):
+        if shutdown.is_first() and (shutdown.in_job() or _first()):
             print(f"mpicdsgd: {error}", file=sys.stderr)
         return 2
     print(f"mpicdsgd: rank {MPI.COMM_WORLD.rank}: {error}", file=sys.stderr)
@@ -123,7 +132,7 @@ def _train(arguments: argparse.Namespace) -> int:
         config = load_config(Path(arguments.config), arguments.overrides)
     code, last = train(config, comm)
     stopsignals.ignore()
-    if comm.rank == 0 and last is not None and code == 0:
+    if shutdown.is_first() and last is not None and code == 0:
         where = f" on {config.agents.topology}" if uses_graph(config.optim) else ""
         where += " and a server" if needs_server(config.optim) else ""
         print(summary(last, where, config.run.dir))

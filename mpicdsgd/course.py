@@ -42,6 +42,11 @@ class Course:
         """Whether ``step`` is one of every ``every`` steps, as epochs count them; 0: none is."""
         return every > 0 and (step + self.shift) % every == 0
 
+    def was_due(self, step: int, every: int, since: float) -> bool:
+        """Whether one of every ``every`` steps is after epoch ``since``, up to ``step``."""
+        passed = int(since * self.per_epoch + 1e-6)
+        return every > 0 and (step + self.shift) // every > passed // every
+
     def going_on(self, other: Course, step: int) -> Self:
         """This course from the place in the epochs that ``other`` has at ``step``.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from mpi4py import MPI
 
+from mpicdsgd import survival
 from mpicdsgd.agreement import require_same
 from mpicdsgd.algorithms.settings import needs_server
 from mpicdsgd.errors import UserError
@@ -31,6 +32,8 @@ def train(config: Config, comm: MPI.Intracomm) -> tuple[int, dict[str, Any] | No
     """
     require_same(comm, "the config", repr(config.optim))  # else one waits for a server, or as one
     if not needs_server(config.optim):
+        if config.agents.on_death == "continue":
+            return survival.train(config, comm)
         run = Run(config, comm)
         last = run.train()
         return run.code, last

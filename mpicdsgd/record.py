@@ -61,6 +61,9 @@ class Metrics:
         resume_generation: the checkpoint's generation, whose lines go on; None: the newest before.
         name: of the record.
 
+    Attributes:
+        last: the last line that was there already, with its numbers; None if there is none.
+
     Raises:
         UserError: the file cannot be written, or TensorBoard is asked for and not installed.
     """
@@ -79,6 +82,7 @@ class Metrics:
         self._pending = b""
         self._handle = -1
         self._board: Any = None
+        self.last: dict[str, Any] | None = None
         if not enabled:
             return
         if tensorboard:
@@ -95,6 +99,7 @@ class Metrics:
         swing_link(run_dir / f"{name}.jsonl", self.path.name, generation)
         for _, record in kept:
             self._scalars(record)
+            self.last = numbers(record)
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a line, on the disk when this returns. ``record["step"]`` is an int.

@@ -29,7 +29,7 @@ from mpicdsgd.measure import RunningMeans, StepTrace, accuracy, measure, ratio
 from mpicdsgd.minibatch import minibatch_step
 from mpicdsgd.progress import Progress, evaluation, reached
 from mpicdsgd.runconfig import Config, as_json
-from mpicdsgd.runstart import prepare
+from mpicdsgd.runstart import Inherited, prepare
 from mpicdsgd.stop import Stop, remove_marker
 from mpicdsgd.trace import Recorder
 
@@ -41,6 +41,7 @@ class Run:
 
     Args:
         server: where the algorithm needs one.
+        inherited: where agents of the run have died, see `survival`.
 
     Attributes:
         code: what the program is to end with, once `train` has returned: 0, or see `stop`.
@@ -49,8 +50,15 @@ class Run:
         UserError: on every rank, for anything wrong with config, files or run folder.
     """
 
-    def __init__(self, config: Config, comm: MPI.Intracomm, server: Server | None = None) -> None:
-        start = prepare(config, comm)
+    def __init__(
+        self,
+        config: Config,
+        comm: MPI.Intracomm,
+        server: Server | None = None,
+        inherited: Inherited | None = None,
+    ) -> None:
+        start = prepare(config, comm, inherited)
+        self._is_heir = inherited is not None and inherited.snapshot is not None
         self.config, self.agents = config, start.agents
         self.data, self.shuffler, self.model = start.data, start.shuffler, start.model
         self.loss_fn, self._dir, self._shared = start.loss_fn, start.dir, start.shared
@@ -127,6 +135,8 @@ class Run:
         """
         try:
             with self._progress:
+                if self._is_heir:
+                    self._make_up()
                 while self.optimizer.steps < self.total_steps and not self.optimizer.stopping:
                     self._epoch()
                 self._end()
@@ -137,6 +147,34 @@ class Run:
             self._release()
             raise self._as_mistake(error) from None
         return self._last
+
+    def abandon(self) -> checkpoint.Snapshot:
+        """Give up this start, as some of its agents are dead; what this agent has. Local.
+
+        Its arrays are views of the old parameters, which nobody changes any more. Here ends what
+        this start has of the run's folder.
+        """
+        self._writer.abandon()
+        self._metrics.close()
+        self._release()
+        while self.scheduler.last_epoch < self.optimizer.steps:
+            self.scheduler.step()  # it died between the two: after the post, before the schedule's
+        return self._snapshot()
+
+    def _make_up(self) -> None:
+        """Do what was due before the step taken over, as a death may have prevented it. Collective.
+
+        A checkpoint is written in any case: one that was under way is lost.
+        """
+        done, course = self.optimizer.steps, self.course
+        at_end = done == self.total_steps
+        line = self.agents.comm.bcast(self._metrics.last)
+        if line is not None and line["step"] == done:
+            self._last = line
+        elif at_end or course.was_due(done, self._periods.evaluate, line["epoch"] if line else 0):
+            self._evaluate()
+        if at_end or self._periods.save:
+            self._save()
 
     def _end(self) -> None:
         done = self.optimizer.steps
@@ -245,6 +283,10 @@ class Run:
     def _save(self) -> None:
         self._no_fault("checkpoint")
         self._flush()
+        self._writer.save(self._snapshot())
+
+    def _snapshot(self) -> checkpoint.Snapshot:
+        """This agent's state, as views. Local."""
         meta = {
             "random": state.capture_random(),
             "means": self._means.numbers(),
@@ -262,13 +304,14 @@ class Run:
             "layout": state.layout(self.optimizer, self.model),
             "passing": state.passing(self.model),
         }
-        snapshot = checkpoint.Snapshot(
+        return checkpoint.Snapshot(
             step=self.optimizer.steps,
             arrays=state.capture_arrays(self.optimizer, self.model),
             meta=as_json(meta),
-            shared=shared,
+            shared=as_json(shared),
+            generation=self.agents.generation,
+            agents=self.agents.size,
         )
-        self._writer.save(snapshot)
 
     def _no_fault(self, where: str) -> None:
         """Raise a fault found by any agent before going into other collectives. Collective."""

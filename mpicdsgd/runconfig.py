@@ -75,10 +75,46 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         config.optim, tables.get("optim", {}), on_command_line.get("optim", {})
     )
     config = dataclasses.replace(config, optim=optim)
+    if config.agents.on_death == "continue":
+        config = _implied(config)
     if not config.run.dir:
         run = dataclasses.replace(config.run, dir=str(Path("runs") / path.stem))
         config = dataclasses.replace(config, run=run)
     return config
+
+
+def _implied(config: Config) -> Config:
+    """What `survival` needs: checkpoints of fewer agents go on, nobody holds another's memory."""
+    exchange = config.exchange
+    if exchange.transport == "auto":
+        exchange = dataclasses.replace(exchange, transport="neighbor")
+    return dataclasses.replace(config, exchange=exchange, resume=ResumeConfig(elastic=True))
+
+
+def _check_survival(config: Config) -> None:
+    """Raise a UserError for what cannot go on without one of its ranks. Local."""
+    if config.agents.on_death not in ("end", "continue"):
+        raise UserError(
+            f'agents.on_death must be "end" or "continue", got "{config.agents.on_death}"'
+        )
+    if config.agents.on_death == "end":
+        return
+    if not settings.mixes_by_matrix(config.optim):
+        raise UserError(
+            'agents.on_death = "continue" is for algorithms that mix by a matrix '
+            f"({', '.join(settings.BY_MATRIX)} and any torch optimizer), not optim.name = "
+            f'"{config.optim.name}": leave it at "end"'
+        )
+    if config.exchange.transport not in ("auto", "neighbor"):
+        raise UserError(
+            f'agents.on_death = "continue" needs exchange.transport = "neighbor", got '
+            f'"{config.exchange.transport}": the memory that others read dies with its rank'
+        )
+    if config.run.theory:
+        raise UserError(
+            'agents.on_death = "continue": run.theory = true records a run of one matrix: set one '
+            "of the two otherwise"
+        )
 
 
 def check(config: Config) -> None:
@@ -96,6 +132,7 @@ def check(config: Config) -> None:
             f"got {config.run.max_seconds}"
         )
     settings.check(config.optim)
+    _check_survival(config)
     if config.run.theory and not settings.mixes_by_matrix(config.optim):
         raise UserError(
             "run.theory = true is for algorithms that mix by a matrix "
@@ -141,5 +178,5 @@ def differences(then: Any, now: Any, where: str = "") -> list[str]:
 
 MAY_CHANGE = (
     "run.dir", "run.resume", "run.keep", "run.keep_every", "run.epochs", "run.max_seconds",
-    "run.tensorboard", "run.theory", "data.path", "resume",
+    "run.tensorboard", "run.theory", "agents.on_death", "data.path", "resume",
 )  # fmt: skip

@@ -22,12 +22,14 @@ from mpicdsgd.agents import Agents
 from mpicdsgd.agreement import TIMEOUT_S, agreement, collect
 from mpicdsgd.algorithms import settings
 from mpicdsgd.course import Course
+from mpicdsgd.cycle import Mixing
 from mpicdsgd.data import Shuffler, load
 from mpicdsgd.data.loading import Data
 from mpicdsgd.elastic import origins
 from mpicdsgd.errors import UserError
 from mpicdsgd.evaluate import evaluate
 from mpicdsgd.graph import agents_in_words
+from mpicdsgd.matrix import MixingMatrix
 from mpicdsgd.runconfig import Config, check, differences, every
 from mpicdsgd.specs import graph_from_spec, mixing_from_spec
 from mpicdsgd.stop import remove_marker
@@ -43,6 +45,19 @@ class Periods(NamedTuple):
     evaluate: int
     save: int
     keep: int
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """What a run goes on with when agents of it have died; see `survival`.
+
+    Attributes:
+        mixing: of the agents that are left.
+        snapshot: this agent's own part, in a checkpoint's place; None: there is none yet.
+    """
+
+    mixing: MixingMatrix
+    snapshot: checkpoint.Snapshot | None
 
 
 @dataclass
@@ -82,8 +97,11 @@ class Start:
         return self.snapshot is not None and self.agents.rank >= self.snapshot.agents
 
 
-def prepare(config: Config, comm: MPI.Intracomm) -> Start:
+def prepare(config: Config, comm: MPI.Intracomm, inherited: Inherited | None = None) -> Start:
     """Begin, or go on with, the run of ``config`` by the agents of ``comm``. Collective.
+
+    Args:
+        inherited: goes before the config's topology and mixing, and before checkpoints.
 
     Raises:
         UserError: on every rank, for anything wrong with config, files or run folder.
@@ -91,10 +109,26 @@ def prepare(config: Config, comm: MPI.Intracomm) -> Start:
     # A timeout that is none is refused where the exchange is opened; till then it is not used.
     timeout_s = config.exchange.timeout_s if config.exchange.timeout_s > 0 else TIMEOUT_S
     with agreement(comm, "topology and mixing", timeout_s):
-        graph = graph_from_spec(config.agents.topology, comm.size)
-        mixing = mixing_from_spec(config.agents.mixing, graph)
+        mixing: Mixing
+        if inherited is None:
+            graph = graph_from_spec(config.agents.topology, comm.size)
+            mixing = mixing_from_spec(config.agents.mixing, graph)
+        else:
+            mixing = inherited.mixing
         check(config)
+        if config.agents.on_death == "continue" and len(mixing.turns) > 1:
+            raise UserError(
+                f'agents.on_death = "continue" is for one mixing matrix, not a cycle of them '
+                f'(agents.mixing = "{config.agents.mixing}"): leave it at "end"'
+            )
     agents = Agents(comm, mixing, device=config.agents.device, timeout_s=timeout_s)
+    if config.agents.on_death == "continue" and agents.gpu is not None:
+        mistake = UserError(
+            'agents.on_death = "continue" is for agents on the CPU: set agents.device = "cpu", or '
+            'leave it at "end"'
+        )
+        mistake.raised_on_all_ranks = True  # a GPU is on all or none
+        raise mistake
     # Else cuDNN adds up gradients in any order, and a restart is not bit by bit the same.
     torch.backends.cudnn.deterministic = True
     agents.require_same("the config", repr(config))
@@ -142,13 +176,16 @@ def prepare(config: Config, comm: MPI.Intracomm) -> Start:
             "versions": record.versions(MPI.Get_library_version(), native.backend),
         },
     )
+    part = inherited.snapshot if inherited is not None else None
     # Before the checkpoints are listed: an owner that was taken for dead removes none from now on.
     with agreement(comm, "the run's folder", timeout_s + owner.LONGEST_S):
         if agents.rank == 0:
-            start.owner = owner.claim(start.dir)
+            start.owner = owner.claim(start.dir, part.generation if part is not None else None)
     agents.generation = agents.comm.bcast(start.owner.generation if start.owner else 0)
     try:
-        if config.run.resume == "auto":
+        if part is not None:
+            _go_on(start, part)
+        elif config.run.resume == "auto":
             _find(start)
         start.shared["shift"] = start.course.shift
         _write_config(start)
@@ -177,18 +214,23 @@ def _find(start: Start) -> None:
     )
     if snapshot is None:
         return
-    start.snapshot = snapshot
     with agents.agreement("resume.elastic"):
         if snapshot.agents != agents.size:
             _check_elastic(config, snapshot.agents, agents.size)
-    then = Course(0, int(snapshot.shared["steps_per_epoch"]), int(snapshot.shared.get("shift", 0)))
-    start.course = start.course.going_on(then, snapshot.step)
+    _go_on(start, snapshot)
     if agents.rank != 0:
         return
     for key in differences(snapshot.shared["config"], start.shared["config"]):
         log.warning("%s is not what it was before this checkpoint", key)
     if snapshot.agents != agents.size:
         _tell(start, snapshot.agents)
+
+
+def _go_on(start: Start, snapshot: checkpoint.Snapshot) -> None:
+    """Take over ``snapshot`` and its place in the epochs. Local."""
+    start.snapshot = snapshot
+    then = Course(0, int(snapshot.shared["steps_per_epoch"]), int(snapshot.shared.get("shift", 0)))
+    start.course = start.course.going_on(then, snapshot.step)
 
 
 def _expect(start: Start, shared: dict[str, Any]) -> None:

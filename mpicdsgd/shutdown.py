@@ -33,6 +33,8 @@ class Drainable(Protocol):
 
 
 _open: list[Drainable] = []
+_is_first: bool | None = None
+_leaves_by: MPI.Intracomm | None = None
 _pid = os.getpid()
 _installed = False
 
@@ -50,7 +52,7 @@ def install() -> None:
             previous(kind, error, trace)
             return
         rank = MPI.COMM_WORLD.rank
-        if not (getattr(error, "raised_on_all_ranks", False) and rank != 0):
+        if is_first() or not getattr(error, "raised_on_all_ranks", False):
             print(f"[rank {rank}] uncaught exception, ending the job:", file=sys.stderr)
             previous(kind, error, trace)
         if getattr(error, "raised_on_all_ranks", False) or getattr(error, "of_another", False):
@@ -70,6 +72,53 @@ def forget(resource: Drainable) -> None:
     """Take back a `watch`."""
     with contextlib.suppress(ValueError):
         _open.remove(resource)
+
+
+def watched() -> list[Drainable]:
+    """What would be drained at exit now."""
+    return list(_open)
+
+
+def is_first() -> bool:
+    """Whether this rank speaks for all: rank 0, or its heir."""
+    return MPI.COMM_WORLD.rank == 0 if _is_first is None else _is_first
+
+
+def set_first(is_first: bool) -> None:
+    """Rank 0 may be dead: say whether this rank speaks for all now."""
+    global _is_first
+    _is_first = is_first
+
+
+def leave_by(comm: MPI.Intracomm) -> None:
+    """Have `leave` end this process: once a rank is dead, MPI's own end may wait for ever. Local.
+
+    Args:
+        comm: of all who live.
+    """
+    global _leaves_by
+    _leaves_by = comm
+
+
+def leave(code: int) -> None:
+    """End this process with ``code`` where `leave_by` was called. Not collective.
+
+    The others are given some time to come here, too, so that nobody meets a rank that has left.
+    """
+    if _leaves_by is None or not is_rank():
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    everybody = False
+    with contextlib.suppress(MPI.Exception):
+        request = _leaves_by.Ibarrier()
+        end = time.monotonic() + AFTER_YOU_S
+        while not everybody and time.monotonic() < end:
+            everybody = bool(request.Test())
+            time.sleep(0.001)
+    if code not in (0, 80) and not everybody:
+        abort(code)  # who leaves so is not taken for dead, and others would wait for it
+    os._exit(code)
 
 
 def in_job() -> bool:

@@ -120,6 +120,11 @@ class WriterProcess:
         if self._map is not None:
             self._map.close()
 
+    def kill(self) -> None:
+        """End it now, whatever it does."""
+        self._process.kill()
+        self.close()
+
     def _send(self, job: Job) -> None:
         with contextlib.suppress(BrokenPipeError):  # it has ended, as `answer` will say
             self._jobs.write(json.dumps(job).encode() + b"\n")

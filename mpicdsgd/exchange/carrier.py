@@ -67,6 +67,9 @@ class Carrier(Protocol):
     def take(self) -> list[Any]:
         """The buffers of the turn's sources, in agent order, for a pass that follows. Local."""
 
+    def abandon(self) -> bool:
+        """Let go of what is under way on revoked communicators; True if MPI has, too. Local."""
+
     def settle(self) -> None:
         """Finish this agent's own reading and writing. Local; may wait for its own GPU."""
 

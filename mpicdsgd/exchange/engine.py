@@ -6,6 +6,7 @@ travel with them.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -30,6 +31,8 @@ from mpicdsgd.exchange.helper import Helper
 log = logging.getLogger("mpicdsgd")
 
 _GRACE_S = 1.0  # how long close() waits for the others before it tells them that it left
+
+_kept: list[Carrier] = []  # with their buffers: MPI may yet write into them
 
 
 class Exchange:
@@ -215,6 +218,22 @@ class Exchange:
             traceback.print_exception(active)
         for _ in self.drain():
             pass
+
+    def abandon(self) -> None:
+        """End this agent's part when its communicators have been revoked, for good. Local.
+
+        Where others are dead there is no closing with them.
+        """
+        self._closed = True
+        helper, self._helper = self._helper, None
+        if helper is not None:
+            with contextlib.suppress(Exception):  # it met what has led here
+                helper.stop()
+        self._under_way = False
+        self.before_closing = _nothing
+        shutdown.forget(self)
+        if not self._carrier.abandon():
+            _kept.append(self._carrier)
 
     def drain(self) -> Iterator[None]:
         """`close`, yielding after every pause; `shutdown` drains several exchanges at once."""

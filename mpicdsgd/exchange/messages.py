@@ -13,6 +13,8 @@ order would swap their data without any error from MPI.
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +22,8 @@ from mpi4py import MPI
 
 from mpicdsgd.agents import Agents
 from mpicdsgd.exchange.header import HEADER_BYTES
+
+_LETTING_GO_S = 5.0
 
 # Of a turn: from whom values come and to whom they go, ascending.
 Ends = tuple[Sequence[int], Sequence[int]]
@@ -33,6 +37,16 @@ class Requests:
 
     def Test(self) -> bool:  # noqa: N802, as MPI's requests have it
         return MPI.Request.Testall(self._requests)
+
+    def abandon(self) -> bool:
+        """Have those on revoked communicators end; False if one has not after a while. Local."""
+        end = time.monotonic() + _LETTING_GO_S
+        for request in self._requests:
+            with contextlib.suppress(MPI.Exception):  # which is an end
+                while not request.Test():
+                    if time.monotonic() > end:
+                        return False
+        return True
 
 
 class Messages:

@@ -59,6 +59,9 @@ class HostCarrier:
     def take(self) -> list[Any]:
         return list(self._neighbours)
 
+    def abandon(self) -> bool:
+        return self._requests is None or self._requests.abandon()
+
     def settle(self) -> None:
         pass
 

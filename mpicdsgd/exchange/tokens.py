@@ -145,6 +145,9 @@ class TokenCarrier:
             near |= route.take(post)
         return [near[source] for source in self._turns[self._turn].sources]
 
+    def abandon(self) -> bool:
+        return False
+
     def settle(self) -> None:
         self._published.settle()
         for route in self._routes:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,16 +40,26 @@ class Ended:
 
 
 class Job:
-    """A started job; ``python`` is given this Python's arguments, ``ranks`` = 0: no mpiexec."""
+    """A started job; ``python`` is given this Python's arguments, ``ranks`` = 0: no mpiexec.
 
-    def __init__(self, folder: Path, ranks: int, arguments: list[str], env: dict[str, str]) -> None:
+    ``launcher``: another command to start a rank's Python, instead of mpiexec and this one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        ranks: int,
+        arguments: list[str],
+        env: dict[str, str],
+        launcher: Sequence[str] = (),
+    ) -> None:
         self._files = [open(folder / f"job.{name}", "w+b") for name in ("out", "err")]  # noqa: SIM115
         own = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHERS)}
         path = os.pathsep.join(map(str, (_PACKAGE, HERE, HERE.parent)))
         own.update(PYTHONPATH=path, OMP_NUM_THREADS="1", **env)
         self._start = time.monotonic()
         self._process = subprocess.Popen(
-            [*(_mpiexec(ranks) if ranks else []), sys.executable, *arguments],
+            [*(launcher or [*(_mpiexec(ranks) if ranks else []), sys.executable]), *arguments],
             cwd=folder,
             env=own,
             stdin=subprocess.DEVNULL,

@@ -44,3 +44,10 @@ def test_whole_epochs_stay_whole(then: int, now: int, epoch: int) -> None:
     course = Course(101, now).going_on(Course(101, then), epoch * then)
     assert course.place(epoch * then) == (epoch, 0)
     assert course.is_due(epoch * then, now)
+
+
+@given(sizes, st.integers(0, 60), st.integers(-40, 500), st.integers(0, 300), st.integers(0, 60))
+def test_what_was_due_since(per_epoch: int, every: int, shift: int, since: int, steps: int) -> None:
+    course = Course(9, per_epoch, max(shift, -since))
+    due = any(course.is_due(k, every) for k in range(since + 1, since + steps + 1))
+    assert course.was_due(since + steps, every, course.epoch(since)) == due

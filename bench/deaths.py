@@ -1,0 +1,177 @@
+"""Do runs survive their ranks' deaths, how fast, and where do they arrive?
+
+Twenty runs of 4, 5 and 6 agents on rings, tori and complete graphs, on scikit-learn's handwritten
+digits. In each one or two ranks get ``kill -9`` at a random moment, together or one after another,
+rank 0 among them in every other run. Beside them runs that nothing happens to, with several seeds:
+the spread of what those reach is the noise that the others are held against.
+
+    python bench/deaths.py [--runs 20] [--seed 0] [--epochs 8]
+
+Needs Open MPI with ULFM, see tests/openmpi.py. Writes bench/results/deaths.json and deaths.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import common
+
+TESTS = common.HERE.parent / "tests"
+sys.path.insert(0, str(TESTS))
+import openmpi  # noqa: E402, in the tests' folder
+
+from mpicdsgd import record  # noqa: E402
+
+GRAPHS = [("ring", 4), ("complete", 5), ("torus:2x3", 6), ("ring", 6), ("torus:2x2", 4)]
+GRAPHS += [("complete", 4), ("ring", 5), ("complete", 6)]
+LIMIT_S = 400.0  # of a run: then it is called a hang
+CONFIG = """
+run = {{epochs = {epochs}, checkpoint_every = "20 steps"}}
+agents = {{device = "cpu", on_death = "continue"}}
+model = {{name = "mlp", loss = "mortal:loss"}}
+data = {{name = "digits", batch_size = 16}}
+optim = {{lr = 0.02, momentum = 0.9}}
+"""
+_WENT_ON = re.compile(
+    r"agents? ([\d, ]+) died: (\d+) agents? go on from step (\d+) after ([\d.]+) s"
+)
+
+
+def plan_of(n: int, run: int, epochs: int, chance: random.Random) -> list[common.Record]:
+    """Who dies when: of every four runs two have two deaths, one of them both at once."""
+    steps = epochs * -(-1437 // n // 16)  # the digits' training samples
+    deaths = 2 if run % 2 and n > 3 else 1
+    victims = chance.sample(range(1, n), deaths)
+    if run % 4 in (1, 2):
+        victims[0] = 0
+    whens = sorted(chance.randrange(3, int(0.9 * steps)) for _ in victims)
+    if deaths == 2:  # half of four agents without rank 0 would be too few to go on
+        whens[1] = whens[0] if run % 4 == 3 else max(whens[1], whens[0] + 10)
+    return [
+        {"rank": rank, "at": "step", "nth": when, "delay_s": chance.choice([0.0, 0.004, 0.03])}
+        for rank, when in zip(victims, whens, strict=True)
+    ]
+
+
+def train(graph: str, n: int, plan: list[common.Record], seed: int, epochs: int) -> common.Record:
+    """A run's record: whether it came to its end, what it reached, how long it took to go on."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "r.toml").write_text(CONFIG.format(epochs=epochs))
+        overrides = [f"agents.topology={graph}", f"run.seed={seed}", "run.dir=run"]
+        command = [*openmpi.launcher(n, "--with-ft", "ulfm"), "-m", "mpicdsgd", "train", "r.toml"]
+        environment = {
+            **os.environ,
+            **openmpi.ENVIRONMENT,
+            "MORTAL": json.dumps(plan),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(common.HERE.parent), str(TESTS / "jobs")]),
+        }
+        start = time.monotonic()
+        try:
+            done = subprocess.run(
+                [*command, *overrides], cwd=folder, env=environment, timeout=LIMIT_S,
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            code, told = done.returncode, done.stderr
+        except subprocess.TimeoutExpired as late:
+            code, told = None, (late.stderr or b"").decode(errors="replace")
+        lines = record.read(Path(folder) / "run") if code == 0 else []
+        went_on = [
+            {"dead": dead, "agents": int(left), "step": int(step), "seconds": float(seconds)}
+            for dead, left, step, seconds in _WENT_ON.findall(told)
+        ]
+        last = lines[-1] if lines else None
+        expected = n - len(plan)
+        survived = last is not None and len(last["test_accuracy"]["agents"]) == expected
+        if not survived:
+            print(told[-3000:], file=sys.stderr)
+        return {
+            "graph": graph,
+            "agents": n,
+            "plan": plan,
+            "code": code,
+            "survived": survived,
+            "hung": code is None,
+            "went_on": went_on,
+            "seconds": time.monotonic() - start,
+            "accuracy": last["test_accuracy"]["mean"] if last else None,
+            "averaged": last["averaged_model"]["test_accuracy"] if last else None,
+        }
+
+
+def table(record_: common.Record) -> str:
+    """The page."""
+    runs, quiet = record_["runs"], record_["undisturbed"]
+    seconds = [on["seconds"] for run in runs for on in run["went_on"]]
+    reached = [run["accuracy"] for run in runs if run["accuracy"] is not None]
+    calm = [run["accuracy"] for run in quiet]
+    rows = [
+        f"| {r['graph']} | {r['agents']} | "
+        + ", ".join(f"{p['rank']} at {p['nth']}" for p in r["plan"])
+        + f" | {'yes' if r['survived'] else 'HUNG' if r['hung'] else 'NO'} | "
+        + ", ".join(f"{on['seconds']:.2f}" for on in r["went_on"])
+        + f" | {r['accuracy']:.4f} |" if r["accuracy"] is not None else "| - |"
+        for r in runs
+    ]  # fmt: skip
+    return "\n".join(
+        [
+            "# Deaths survived",
+            "",
+            f"`python bench/deaths.py`, {record_['cores']} cores, Open MPI, scikit-learn's digits, "
+            f"mlp, {record_['epochs']} epochs.",
+            "",
+            f"{sum(r['survived'] for r in runs)} of {len(runs)} runs came to their end with the "
+            f"agents that were left, {sum(r['hung'] for r in runs)} hung. From the moment a "
+            "survivor met a death until all went on: median "
+            f"{statistics.median(seconds):.2f} s, at most {max(seconds):.2f} s. Mean test accuracy "
+            f"at the end: {statistics.mean(reached):.4f} (lowest {min(reached):.4f}); of "
+            f"{len(calm)} runs without deaths {statistics.mean(calm):.4f} (lowest "
+            f"{min(calm):.4f}, highest {max(calm):.4f}).",
+            "",
+            "| graph | agents | rank that died, at its step | survived | seconds | accuracy |",
+            "|---|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--undisturbed", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=common.HERE / "results" / "deaths.json")
+    args = parser.parse_args()
+    if openmpi.find() is None:
+        sys.exit("this Python's MPI is not Open MPI: MPICDSGD_OPENMPI=FOLDER has one made there")
+    chance = random.Random(args.seed)
+    page: common.Record = {**common.provenance(), "epochs": args.epochs, "undisturbed": []}
+    page["runs"] = []
+    cases = [(i, *GRAPHS[i % len(GRAPHS)]) for i in range(max(args.runs, args.undisturbed))]
+    for kind, count in (("undisturbed", args.undisturbed), ("runs", args.runs)):
+        for i, graph, n in cases[:count]:
+            plan = plan_of(n, i, args.epochs, chance) if kind == "runs" else []
+            page[kind].append(train(graph, n, plan, i, args.epochs))
+            print(json.dumps(page[kind][-1]), flush=True)
+    common.write(page, args.out)
+    args.out.with_suffix(".md").write_text(table(page))
+    print(table(page))
+    return 0 if all(run["survived"] for run in page["runs"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
