@@ -131,22 +131,23 @@ def table(page: common.Record) -> str:
             differences.append(run["accuracy"] - without)
         cells = [run["graph"], run["agents"], dead, how, took, reached, f"{without:.4f}"]
         rows.append(f"| {' | '.join(map(str, cells))} |")
+    survived, hung = (sum(run[key] for run in runs) for key in ("survived", "hung"))
     lines = [
         "# Deaths survived",
         "",
-        f"`python bench/deaths.py`: {page['cores']} cores, Open MPI with ULFM, scikit-learn's digits, "
+        f"`python bench/deaths.py`: {page['cores']} cores, Open MPI with ULFM, scikit-learn's digits,",
         f"mlp, {page['epochs']} epochs.",
         "",
-        f"- {sum(r['survived'] for r in runs)} of {len(runs)} runs came to their end with the agents "
-        f"that were left, {sum(r['hung'] for r in runs)} hung.",
+        f"- {survived} of {len(runs)} runs came to their end with the agents that were left, "
+        f"{hung} hung.",
         "- From the moment that rank 0 or its heir met a death until all went on: median "
         f"{statistics.median(seconds):.2f} s, at most {max(seconds):.2f} s.",
-        "- Mean test accuracy of the agents at the end, less that of the undisturbed runs on the same "
-        f"graph: {statistics.mean(differences):+.4f} in the mean, {min(differences):+.4f} at least. "
-        f"Two undisturbed runs differ by {statistics.mean(noise):.4f} in the mean, by "
-        f"{max(noise):.4f} at most.",
+        "- Mean test accuracy of the agents at the end, less that of the undisturbed runs on the",
+        f"  same graph: {statistics.mean(differences):+.4f} in the mean, {min(differences):+.4f} at",
+        f"  least. Two undisturbed runs differ by {statistics.mean(noise):.4f} in the mean, by",
+        f"  {max(noise):.4f} at most.",
         "",
-        "| graph | agents | rank that died, at its step | survived | seconds | accuracy | undisturbed |",
+        "| graph | agents | rank that died, at its step | survived | seconds | accuracy | without |",
         "|---|---|---|---|---|---|---|",
         *rows,
         "",

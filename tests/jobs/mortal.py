@@ -1,9 +1,9 @@
 """A run's loss and model that kill their rank where a plan says: ``kill -9``, in whatever it does.
 
 The environment variable MORTAL holds JSON, a list of {"rank", "at", "nth", "delay_s", "signal"}:
-the rank of the job, "step" (in the loss of a training step), "evaluation" (in one of an evaluation) or
-"model" (when a model is made: the second time within the recovery from a death), the how many-th
-time, how long after that, 0 if it is left out, and another signal than KILL.
+the rank of the job, "step" (in the loss of a training step), "evaluation" (in one of an evaluation)
+or "model" (when a model is made: the second time within the recovery from a death), the how
+many-th time, how long after that, 0 if it is left out, and another signal than KILL.
 """
 
 import json
