@@ -3,8 +3,8 @@
 Twenty runs of 4, 5 and 6 agents on rings, tori and complete graphs, on scikit-learn's handwritten
 digits. In each one or two ranks get ``kill -9`` at a random moment, together or one after another,
 rank 0 among them in every other run. Beside them runs that nothing happens to, two seeds for each
-number of agents and graph: what a run reaches is held against the mean of these two, and how far
-these are apart is the noise.
+number of agents and graph, by ``mpicdsgd simulate``, which makes the parameters of a job: what a run
+reaches is held against the mean of these two, and how far these are apart is the noise.
 
     python bench/deaths.py [--runs 20] [--seed 0] [--epochs 8]
 
@@ -65,11 +65,18 @@ def plan_of(n: int, run: int, epochs: int, chance: random.Random) -> list[common
 
 
 def train(graph: str, n: int, plan: list[common.Record], seed: int, epochs: int) -> common.Record:
-    """A run's record: whether it came to its end, what it reached, how long it took to go on."""
+    """A run's record: whether it came to its end, what it reached, how long it took to go on.
+
+    Without a plan it is simulated.
+    """
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "r.toml").write_text(CONFIG.format(epochs=epochs))
-        overrides = [f"agents.topology={graph}", f"run.seed={seed}", "run.dir=run"]
-        command = [*openmpi.launcher(n, "--with-ft", "ulfm"), "-m", "mpicdsgd", "train", "r.toml"]
+        arguments = ["r.toml", f"agents.topology={graph}", f"run.seed={seed}", "run.dir=run"]
+        if plan:
+            command = [*openmpi.launcher(n, "--with-ft", "ulfm"), "-m", "mpicdsgd", "train"]
+        else:
+            command = [sys.executable, "-m", "mpicdsgd", "simulate", "--agents", str(n)]
+            arguments += ["agents.on_death=end", "model.loss=cross_entropy"]
         environment = {
             **os.environ,
             **openmpi.ENVIRONMENT,
@@ -78,36 +85,36 @@ def train(graph: str, n: int, plan: list[common.Record], seed: int, epochs: int)
             "PYTHONPATH": os.pathsep.join([str(common.HERE.parent), str(TESTS / "jobs")]),
         }
         start = time.monotonic()
+        code: int | None = None
         try:
             done = subprocess.run(
-                [*command, *overrides], cwd=folder, env=environment, timeout=LIMIT_S,
+                [*command, *arguments], cwd=folder, env=environment, timeout=LIMIT_S,
                 capture_output=True, text=True, check=False,
             )  # fmt: skip
             code, told = done.returncode, done.stderr
         except subprocess.TimeoutExpired as late:
-            code, told = None, (late.stderr or b"").decode(errors="replace")
+            told = (late.stderr or b"").decode(errors="replace")
         lines = record.read(Path(folder) / "run") if code == 0 else []
-        went_on = [
-            {"dead": dead, "agents": int(left), "step": int(step), "seconds": float(seconds)}
-            for dead, left, step, seconds in _WENT_ON.findall(told)
-        ]
-        last = lines[-1] if lines else None
-        expected = n - len(plan)
-        survived = last is not None and len(last["test_accuracy"]["agents"]) == expected
-        if not survived:
-            print(told[-3000:], file=sys.stderr)
-        return {
-            "graph": graph,
-            "agents": n,
-            "plan": plan,
-            "code": code,
-            "survived": survived,
-            "hung": code is None,
-            "went_on": went_on,
-            "seconds": time.monotonic() - start,
-            "accuracy": last["test_accuracy"]["mean"] if last else None,
-            "averaged": last["averaged_model"]["test_accuracy"] if last else None,
-        }
+    went_on = [
+        {"dead": dead, "agents": int(left), "step": int(step), "seconds": float(seconds)}
+        for dead, left, step, seconds in _WENT_ON.findall(told)
+    ]
+    last = lines[-1] if lines else None
+    survived = last is not None and len(last["test_accuracy"]["agents"]) == n - len(plan)
+    if not survived:
+        print(told[-3000:], file=sys.stderr)
+    return {
+        "graph": graph,
+        "agents": n,
+        "plan": plan,
+        "code": code,
+        "survived": survived,
+        "hung": code is None,
+        "went_on": went_on,
+        "seconds": time.monotonic() - start,
+        "accuracy": last["test_accuracy"]["mean"] if last else None,
+        "averaged": last["averaged_model"]["test_accuracy"] if last else None,
+    }
 
 
 def table(page: common.Record) -> str:
@@ -176,6 +183,7 @@ def main() -> int:
             plan = plan_of(n, i, args.epochs, chance) if kind == "runs" else []
             page[kind].append(train(graph, n, plan, i, args.epochs))
             print(json.dumps(page[kind][-1]), flush=True)
+            common.write(page, args.out)
     common.write(page, args.out)
     args.out.with_suffix(".md").write_text(table(page))
     print(table(page))
