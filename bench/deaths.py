@@ -3,7 +3,7 @@
 Twenty runs of 4, 5 and 6 agents on rings, tori and complete graphs, on scikit-learn's handwritten
 digits. In each one or two ranks get ``kill -9`` at a random moment, together or one after another,
 rank 0 among them in every other run. Beside them runs that nothing happens to, two seeds for each
-number of agents and graph, by ``mpicdsgd simulate``, which makes the parameters of a job: what a run
+number of agents and graph, by ``mpicdsgd simulate``, which makes a job's parameters: what a run
 reaches is held against the mean of these two, and how far these are apart is the noise.
 
     python bench/deaths.py [--runs 20] [--seed 0] [--epochs 8]
