@@ -3,7 +3,7 @@
 Twenty runs of 4, 5 and 6 agents on rings, tori and complete graphs, on scikit-learn's handwritten
 digits. In each one or two ranks get ``kill -9`` at a random moment, together or one after another,
 rank 0 among them in every other run. Beside them runs that nothing happens to, two seeds for each
-number of agents and graph, by ``mpicdsgd simulate``, which makes a job's parameters: what a run
+number of agents and graph, simulated, which makes a job's parameters: what a run
 reaches is held against the mean of these two, and how far these are apart is the noise.
 
     python bench/deaths.py [--runs 20] [--seed 0] [--epochs 8]
@@ -32,6 +32,8 @@ sys.path.insert(0, str(TESTS))
 import openmpi  # noqa: E402, in the tests' folder
 
 from mpicdsgd import record  # noqa: E402
+from mpicdsgd.runconfig import load_config  # noqa: E402
+from mpicdsgd.simulation import Simulation  # noqa: E402
 
 GRAPHS = [("ring", 4), ("complete", 5), ("torus:2x3", 6), ("ring", 6), ("torus:2x2", 4)]
 GRAPHS += [("complete", 4), ("ring", 5), ("complete", 6)]
@@ -65,18 +67,11 @@ def plan_of(n: int, run: int, epochs: int, chance: random.Random) -> list[common
 
 
 def train(graph: str, n: int, plan: list[common.Record], seed: int, epochs: int) -> common.Record:
-    """A run's record: whether it came to its end, what it reached, how long it took to go on.
-
-    Without a plan it is simulated.
-    """
+    """A run's record: whether it came to its end, what it reached, how long it took to go on."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "r.toml").write_text(CONFIG.format(epochs=epochs))
         arguments = ["r.toml", f"agents.topology={graph}", f"run.seed={seed}", "run.dir=run"]
-        if plan:
-            command = [*openmpi.launcher(n, "--with-ft", "ulfm"), "-m", "mpicdsgd", "train"]
-        else:
-            command = [sys.executable, "-m", "mpicdsgd", "simulate", "--agents", str(n)]
-            arguments += ["agents.on_death=end", "model.loss=cross_entropy"]
+        command = [*openmpi.launcher(n, "--with-ft", "ulfm"), "-m", "mpicdsgd", "train"]
         environment = {
             **os.environ,
             **openmpi.ENVIRONMENT,
@@ -117,13 +112,23 @@ def train(graph: str, n: int, plan: list[common.Record], seed: int, epochs: int)
     }
 
 
+def undisturbed(graph: str, n: int, seed: int, epochs: int) -> common.Record:
+    """What the same run reaches when nobody dies."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "r.toml"
+        path.write_text(CONFIG.format(epochs=epochs))
+        overrides = [f"agents.topology={graph}", f"run.seed={seed}", f"run.dir={folder}/run"]
+        overrides += ["agents.on_death=end", "model.loss=cross_entropy"]
+        last = Simulation(load_config(path, overrides), n).run()
+    return {"graph": graph, "agents": n, "seed": seed, "accuracy": last["test_accuracy"]["mean"]}
+
+
 def table(page: common.Record) -> str:
     """The page."""
     runs = page["runs"]
     calm: dict[tuple[str, int], list[float]] = {}
     for run in page["undisturbed"]:
-        if run["accuracy"] is not None:
-            calm.setdefault((run["graph"], run["agents"]), []).append(run["accuracy"])
+        calm.setdefault((run["graph"], run["agents"]), []).append(run["accuracy"])
     noise = [abs(values[1] - values[0]) for values in calm.values() if len(values) > 1]
     seconds = [on["seconds"] for run in runs for on in run["went_on"]]
     differences, rows = [], []
@@ -177,13 +182,15 @@ def main() -> int:
     chance = random.Random(args.seed)
     page: common.Record = {**common.provenance(), "epochs": args.epochs, "undisturbed": []}
     page["runs"] = []
-    cases = [(i, *GRAPHS[i % len(GRAPHS)]) for i in range(max(args.runs, args.undisturbed))]
-    for kind, count in (("undisturbed", args.undisturbed), ("runs", args.runs)):
-        for i, graph, n in cases[:count]:
-            plan = plan_of(n, i, args.epochs, chance) if kind == "runs" else []
-            page[kind].append(train(graph, n, plan, i, args.epochs))
-            print(json.dumps(page[kind][-1]), flush=True)
-            common.write(page, args.out)
+    for i in range(args.undisturbed):
+        graph, n = GRAPHS[i % len(GRAPHS)]
+        page["undisturbed"].append(undisturbed(graph, n, i, args.epochs))
+        print(json.dumps(page["undisturbed"][-1]), flush=True)
+    for i in range(args.runs):
+        graph, n = GRAPHS[i % len(GRAPHS)]
+        page["runs"].append(train(graph, n, plan_of(n, i, args.epochs, chance), i, args.epochs))
+        print(json.dumps(page["runs"][-1]), flush=True)
+        common.write(page, args.out)
     common.write(page, args.out)
     args.out.with_suffix(".md").write_text(table(page))
     print(table(page))
