@@ -2,8 +2,9 @@
 
 Twenty runs of 4, 5 and 6 agents on rings, tori and complete graphs, on scikit-learn's handwritten
 digits. In each one or two ranks get ``kill -9`` at a random moment, together or one after another,
-rank 0 among them in every other run. Beside them runs that nothing happens to, with several seeds:
-the spread of what those reach is the noise that the others are held against.
+rank 0 among them in every other run. Beside them runs that nothing happens to, two seeds for each
+number of agents and graph, simulated, which makes a job's parameters: what a run
+reaches is held against the mean of these two, and how far these are apart is the noise.
 
     python bench/deaths.py [--runs 20] [--seed 0] [--epochs 8]
 
@@ -31,6 +32,8 @@ sys.path.insert(0, str(TESTS))
 import openmpi  # noqa: E402, in the tests' folder
 
 from mpicdsgd import record  # noqa: E402
+from mpicdsgd.runconfig import load_config  # noqa: E402
+from mpicdsgd.simulation import Simulation  # noqa: E402
 
 GRAPHS = [("ring", 4), ("complete", 5), ("torus:2x3", 6), ("ring", 6), ("torus:2x2", 4)]
 GRAPHS += [("complete", 4), ("ring", 5), ("complete", 6)]
@@ -67,8 +70,8 @@ def train(graph: str, n: int, plan: list[common.Record], seed: int, epochs: int)
     """A run's record: whether it came to its end, what it reached, how long it took to go on."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "r.toml").write_text(CONFIG.format(epochs=epochs))
-        overrides = [f"agents.topology={graph}", f"run.seed={seed}", "run.dir=run"]
-        command = [*openmpi.launcher(n, "--with-ft", "ulfm"), "-m", "mpicdsgd", "train", "r.toml"]
+        arguments = ["r.toml", f"agents.topology={graph}", f"run.seed={seed}", "run.dir=run"]
+        command = [*openmpi.launcher(n, "--with-ft", "ulfm"), "-m", "mpicdsgd", "train"]
         environment = {
             **os.environ,
             **openmpi.ENVIRONMENT,
@@ -77,73 +80,91 @@ def train(graph: str, n: int, plan: list[common.Record], seed: int, epochs: int)
             "PYTHONPATH": os.pathsep.join([str(common.HERE.parent), str(TESTS / "jobs")]),
         }
         start = time.monotonic()
+        code: int | None = None
         try:
             done = subprocess.run(
-                [*command, *overrides], cwd=folder, env=environment, timeout=LIMIT_S,
+                [*command, *arguments], cwd=folder, env=environment, timeout=LIMIT_S,
                 capture_output=True, text=True, check=False,
             )  # fmt: skip
             code, told = done.returncode, done.stderr
         except subprocess.TimeoutExpired as late:
-            code, told = None, (late.stderr or b"").decode(errors="replace")
+            told = (late.stderr or b"").decode(errors="replace")
         lines = record.read(Path(folder) / "run") if code == 0 else []
-        went_on = [
-            {"dead": dead, "agents": int(left), "step": int(step), "seconds": float(seconds)}
-            for dead, left, step, seconds in _WENT_ON.findall(told)
-        ]
-        last = lines[-1] if lines else None
-        expected = n - len(plan)
-        survived = last is not None and len(last["test_accuracy"]["agents"]) == expected
-        if not survived:
-            print(told[-3000:], file=sys.stderr)
-        return {
-            "graph": graph,
-            "agents": n,
-            "plan": plan,
-            "code": code,
-            "survived": survived,
-            "hung": code is None,
-            "went_on": went_on,
-            "seconds": time.monotonic() - start,
-            "accuracy": last["test_accuracy"]["mean"] if last else None,
-            "averaged": last["averaged_model"]["test_accuracy"] if last else None,
-        }
+    went_on = [
+        {"dead": dead, "agents": int(left), "step": int(step), "seconds": float(seconds)}
+        for dead, left, step, seconds in _WENT_ON.findall(told)
+    ]
+    last = lines[-1] if lines else None
+    survived = last is not None and len(last["test_accuracy"]["agents"]) == n - len(plan)
+    if not survived:
+        print(told[-3000:], file=sys.stderr)
+    return {
+        "graph": graph,
+        "agents": n,
+        "plan": plan,
+        "code": code,
+        "survived": survived,
+        "hung": code is None,
+        "went_on": went_on,
+        "seconds": time.monotonic() - start,
+        "accuracy": last["test_accuracy"]["mean"] if last else None,
+        "averaged": last["averaged_model"]["test_accuracy"] if last else None,
+    }
 
 
-def table(record_: common.Record) -> str:
+def undisturbed(graph: str, n: int, seed: int, epochs: int) -> common.Record:
+    """What the same run reaches when nobody dies."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "r.toml"
+        path.write_text(CONFIG.format(epochs=epochs))
+        overrides = [f"agents.topology={graph}", f"run.seed={seed}", f"run.dir={folder}/run"]
+        overrides += ["agents.on_death=end", "model.loss=cross_entropy"]
+        last = Simulation(load_config(path, overrides), n).run()
+    return {"graph": graph, "agents": n, "seed": seed, "accuracy": last["test_accuracy"]["mean"]}
+
+
+def table(page: common.Record) -> str:
     """The page."""
-    runs, quiet = record_["runs"], record_["undisturbed"]
+    runs = page["runs"]
+    calm: dict[tuple[str, int], list[float]] = {}
+    for run in page["undisturbed"]:
+        calm.setdefault((run["graph"], run["agents"]), []).append(run["accuracy"])
+    noise = [abs(values[1] - values[0]) for values in calm.values() if len(values) > 1]
     seconds = [on["seconds"] for run in runs for on in run["went_on"]]
-    reached = [run["accuracy"] for run in runs if run["accuracy"] is not None]
-    calm = [run["accuracy"] for run in quiet]
-    rows = [
-        f"| {r['graph']} | {r['agents']} | "
-        + ", ".join(f"{p['rank']} at {p['nth']}" for p in r["plan"])
-        + f" | {'yes' if r['survived'] else 'HUNG' if r['hung'] else 'NO'} | "
-        + ", ".join(f"{on['seconds']:.2f}" for on in r["went_on"])
-        + f" | {r['accuracy']:.4f} |" if r["accuracy"] is not None else "| - |"
-        for r in runs
+    differences, rows = [], []
+    for run in runs:
+        dead = ", ".join(f"{p['rank']} at {p['nth']}" for p in run["plan"])
+        how = "yes" if run["survived"] else "HUNG" if run["hung"] else "NO"
+        took = ", ".join(f"{on['seconds']:.2f}" for on in run["went_on"])
+        without = statistics.mean(calm[run["graph"], run["agents"]])
+        reached = "-"
+        if run["accuracy"] is not None:
+            reached = f"{run['accuracy']:.4f}"
+            differences.append(run["accuracy"] - without)
+        cells = [run["graph"], run["agents"], dead, how, took, reached, f"{without:.4f}"]
+        rows.append(f"| {' | '.join(map(str, cells))} |")
+    survived, hung = (sum(run[key] for run in runs) for key in ("survived", "hung"))
+    lines = [
+        "# Deaths survived",
+        "",
+        f"`python bench/deaths.py`: {page['cores']} cores, Open MPI with ULFM, scikit-learn's",
+        f"digits, mlp, {page['epochs']} epochs.",
+        "",
+        f"- {survived} of {len(runs)} runs came to their end with the agents that were left, "
+        f"{hung} hung.",
+        "- From the moment that rank 0 or its heir met a death until all went on: median "
+        f"{statistics.median(seconds):.2f} s, at most {max(seconds):.2f} s.",
+        "- Mean test accuracy of the agents at the end, less that of the undisturbed runs on the",
+        f"  same graph: {statistics.mean(differences):+.4f} in the mean,",
+        f"  {min(differences):+.4f} at least. Two undisturbed runs differ by",
+        f"  {statistics.mean(noise):.4f} in the mean, by {max(noise):.4f} at most.",
+        "",
+        "| graph | agents | died, at its step | survived | seconds | accuracy | undisturbed |",
+        "|---|---|---|---|---|---|---|",
+        *rows,
+        "",
     ]  # fmt: skip
-    return "\n".join(
-        [
-            "# Deaths survived",
-            "",
-            f"`python bench/deaths.py`, {record_['cores']} cores, Open MPI, scikit-learn's digits, "
-            f"mlp, {record_['epochs']} epochs.",
-            "",
-            f"{sum(r['survived'] for r in runs)} of {len(runs)} runs came to their end with the "
-            f"agents that were left, {sum(r['hung'] for r in runs)} hung. From the moment a "
-            "survivor met a death until all went on: median "
-            f"{statistics.median(seconds):.2f} s, at most {max(seconds):.2f} s. Mean test accuracy "
-            f"at the end: {statistics.mean(reached):.4f} (lowest {min(reached):.4f}); of "
-            f"{len(calm)} runs without deaths {statistics.mean(calm):.4f} (lowest "
-            f"{min(calm):.4f}, highest {max(calm):.4f}).",
-            "",
-            "| graph | agents | rank that died, at its step | survived | seconds | accuracy |",
-            "|---|---|---|---|---|---|",
-            *rows,
-            "",
-        ]
-    )
+    return "\n".join(lines)
 
 
 def main() -> int:
@@ -151,7 +172,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--undisturbed", type=int, default=6)
+    parser.add_argument("--undisturbed", type=int, default=2 * len(GRAPHS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--out", type=Path, default=common.HERE / "results" / "deaths.json")
@@ -161,12 +182,15 @@ def main() -> int:
     chance = random.Random(args.seed)
     page: common.Record = {**common.provenance(), "epochs": args.epochs, "undisturbed": []}
     page["runs"] = []
-    cases = [(i, *GRAPHS[i % len(GRAPHS)]) for i in range(max(args.runs, args.undisturbed))]
-    for kind, count in (("undisturbed", args.undisturbed), ("runs", args.runs)):
-        for i, graph, n in cases[:count]:
-            plan = plan_of(n, i, args.epochs, chance) if kind == "runs" else []
-            page[kind].append(train(graph, n, plan, i, args.epochs))
-            print(json.dumps(page[kind][-1]), flush=True)
+    for i in range(args.undisturbed):
+        graph, n = GRAPHS[i % len(GRAPHS)]
+        page["undisturbed"].append(undisturbed(graph, n, i, args.epochs))
+        print(json.dumps(page["undisturbed"][-1]), flush=True)
+    for i in range(args.runs):
+        graph, n = GRAPHS[i % len(GRAPHS)]
+        page["runs"].append(train(graph, n, plan_of(n, i, args.epochs, chance), i, args.epochs))
+        print(json.dumps(page["runs"][-1]), flush=True)
+        common.write(page, args.out)
     common.write(page, args.out)
     args.out.with_suffix(".md").write_text(table(page))
     print(table(page))

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the tests need into .venv and runs them all: bash tests/run.sh [pytest options]
 # MPICDSGD_DATA=FOLDER adds the tests on real data (FOLDER/mnist: the four idx files).
+# MPICDSGD_OPENMPI=FOLDER adds those of ranks that die, with Open MPI made there (tests/openmpi.py).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source jobs/venv.sh mpich,demo,dev

@@ -1,9 +1,9 @@
 """A run's loss and model that kill their rank where a plan says: ``kill -9``, in whatever it does.
 
-The environment variable MORTAL holds JSON, a list of {"rank", "at", "nth", "delay_s"}: the rank of
-the job, "step" (in the loss of a training step), "evaluation" (in one of an evaluation) or "model"
-(when a model is made: the second time within the recovery from a death), the how many-th time, and
-how long after that, 0 if it is left out.
+The environment variable MORTAL holds JSON, a list of {"rank", "at", "nth", "delay_s", "signal"}:
+the rank of the job, "step" (in the loss of a training step), "evaluation" (in one of an evaluation)
+or "model" (when a model is made: the second time within the recovery from a death), the how
+many-th time, how long after that, 0 if it is left out, and another signal than KILL.
 """
 
 import json
@@ -20,8 +20,8 @@ _PLANS = [p for p in json.loads(os.environ.get("MORTAL", "[]")) if p["rank"] == 
 _seen = {"step": 0, "evaluation": 0, "model": 0}
 
 
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def _die(name: str = "SIGKILL") -> None:
+    os.kill(os.getpid(), signal.Signals[name])
 
 
 def _come_to(place: str) -> None:
@@ -31,7 +31,7 @@ def _come_to(place: str) -> None:
             if plan.get("delay_s"):
                 threading.Timer(plan["delay_s"], _die).start()
             else:
-                _die()
+                _die(plan.get("signal", "SIGKILL"))
 
 
 def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

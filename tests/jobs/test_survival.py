@@ -156,6 +156,22 @@ def test_half_without_rank_0_is_too_few(train: Train, tmp_path: Path) -> None:
     assert "3 agents instead of 4" in again.err
 
 
+def test_a_stop_after_a_death(train: Train, tmp_path: Path) -> None:
+    """Exit code 80 in spite of the dead rank; the next start goes on with as many as are left."""
+    plan = [
+        {"rank": 0, "at": "step", "nth": 30},
+        {"rank": 2, "at": "step", "nth": 60, "signal": "SIGUSR1"},
+    ]
+    ended = train(4, plan)
+    assert ended.code == 80, ended.err
+    marker = json.loads((tmp_path / "run/requeue.json").read_text())
+    assert marker["reason"] == "USR1 on rank 1", "as the three are numbered now"
+    again = train(3, [])
+    assert again.code == 0, again.err
+    assert again.lines(f"going on from step {marker['step']} in run")
+    assert not (tmp_path / "run/requeue.json").exists()
+
+
 def test_a_mistake_is_still_one(train: Train) -> None:
     """Raised on all ranks, told once, also after a death; nobody waits for who has left."""
     plan = [{"rank": 0, "at": "step", "nth": 10}]
