@@ -15,7 +15,13 @@ launcher=(srun --mpi=pmi2)
 # ... or by MPI itself, which asks Slurm where:
 #   launcher=(mpirun)
 
-# Where mpicdsgd is installed.
+# Where mpicdsgd is installed. On many nodes better on their own disks than on a shared one, sent there
+# as one archive (docs/slurm.md says how it is made), instead of the lines below:
+#   if [ -n "${SLURM_JOB_ID-}" ]; then
+#       sbcast --force /shared/env.tar /tmp/env.tar
+#       srun --ntasks-per-node=1 --ntasks="$SLURM_NNODES" tar -xf /tmp/env.tar -C /tmp
+#       export PATH=/tmp/env/bin:$PATH
+#   fi
 if [ -f .venv/bin/activate ]; then
     # shellcheck disable=SC1091
     source .venv/bin/activate

@@ -3,9 +3,9 @@
 The environment variable VICTIM holds JSON: the rank, and what to halt at: "step" (in that step's
 loss function, with an exchange under way), "rename" (before a file of that pattern gets its name,
 the ``nth`` time) or "write" (the ``nth`` block of such a file half written). The last two are its
-writer process's. Who is halted makes the file ``halted`` and sleeps; with "run_on" it goes on
-instead, so that the kill comes at random. With "signal" it sends that one to the rank and its
-children, as batch systems do, and goes on.
+writer process's. Who is halted makes the file ``halted``, which holds its process number, and
+sleeps till somebody removes it; with "run_on" it goes on instead, so that the kill comes at random.
+With "signal" it sends that one to the rank and its children, as batch systems do, and goes on.
 """
 
 import fnmatch
@@ -31,9 +31,11 @@ def halt() -> None:
         for process in (rank, *_children(rank)):
             os.kill(process, signal.Signals[PLAN["signal"]])
         return
-    Path("halted").touch()
-    if not PLAN.get("run_on"):
-        time.sleep(600)
+    Path(".halted").write_text(str(os.getpid()))
+    _replace(".halted", "halted")
+    deadline = time.monotonic() + 600
+    while not PLAN.get("run_on") and Path("halted").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def _children(rank: int) -> list[int]:

@@ -22,6 +22,7 @@ import mpicdsgd
 
 HERE = Path(__file__).parent
 _PACKAGE = Path(mpicdsgd.__file__).parent.parent
+_RANK = (b"PMI_RANK=", b"OMPI_COMM_WORLD_RANK=")
 _LAUNCHERS = ("PMI_", "PMIX_", "OMPI_", "HYDRA_", "MPI_LOCAL")  # an outer job's settings
 
 
@@ -79,13 +80,30 @@ class Job:
 
     def ranks(self) -> list[int]:
         """The ranks' processes, in the order of their ranks."""
+        return list(self._by_rank(writers=False).values())
+
+    def writers(self) -> dict[int, int]:
+        """The processes that write checkpoints, by rank."""
+        return self._by_rank(writers=True)
+
+    def family(self) -> list[int]:
+        """All processes below the launcher."""
+        return _descendants(self._process.pid)
+
+    def _by_rank(self, writers: bool) -> dict[int, int]:
         found: dict[int, int] = {}
         for process in _descendants(self._process.pid):
-            words = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+            try:
+                words = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+                is_writer = (
+                    b"mpicdsgd.writerprocess" in Path(f"/proc/{process}/cmdline").read_bytes()
+                )
+            except OSError:
+                continue  # it has ended
             for word in words:
-                if word.startswith((b"PMI_RANK=", b"OMPI_COMM_WORLD_RANK=")):
+                if is_writer == writers and word.startswith(_RANK):
                     found[int(word.partition(b"=")[2])] = process
-        return [found[rank] for rank in sorted(found)]
+        return dict(sorted(found.items()))
 
     def kill(self) -> None:
         """``kill -9`` for the launcher and all ranks."""

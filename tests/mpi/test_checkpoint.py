@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,40 @@ def test_damage_on_one_rank_sends_all_back(
     said = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     assert len(said) == (1 if comm.rank == 0 else 0), "said once in the job"
     assert all(f"rank-{last:04d}.g0001.h5" in text for text in said)
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "truncated": ("rank", lambda path: os.truncate(path, path.stat().st_size - 1)),
+    "zero length": ("rank", lambda path: os.truncate(path, 0)),
+    "missing": ("rank", Path.unlink),
+    "mixed generation": (
+        "rank",
+        lambda path: shutil.copyfile(path.with_name(path.name.replace("g0002", "g0001")), path),
+    ),
+    "index truncated": ("index", lambda path: os.truncate(path, path.stat().st_size - 1)),
+    "index missing": ("index", Path.unlink),
+    "manifest truncated": ("manifest", lambda path: os.truncate(path, path.stat().st_size - 1)),
+    "manifest empty": ("manifest", lambda path: os.truncate(path, 0)),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_every_kind_of_damage(
+    run: Path, comm: MPI.Intracomm, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    """A step is there from two generations; the newer one's file is named, once in the job."""
+    write(run, comm, 1, 10, 20)
+    write(run, comm, 2, 15, 20)
+    which, damage = DAMAGE[kind]
+    last = f"rank-{comm.size - 1:04d}.g0002.h5"
+    name = {"index": "index.g0002.h5", "manifest": "manifest.g0002.json"}.get(which, last)
+    if only(comm, 0):
+        damage(run / "checkpoints" / "step-00000020" / name)
+    comm.barrier()
+    assert read(run, comm) == 15
+    said = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(said) == (1 if comm.rank == 0 else 0)
+    assert all(f"step-00000020 (generation 2) is not intact ({name}: " in text for text in said)
 
 
 def test_a_rank_that_cannot_write_is_everybodys(
