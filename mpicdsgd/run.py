@@ -192,6 +192,14 @@ class Run:
             with self.agents.agreement("the marker"):
                 if self.agents.rank == 0:
                     remove_marker(self._dir)
+            if self._writer.step != done:  # known to all alike
+                self.code = 1
+                if self.agents.rank == 0:
+                    log.error(
+                        "the end is reached, but its checkpoint could not be written: %s in %s",
+                        self._kept(),
+                        self._dir,
+                    )
         self._release()
 
     def _epoch(self) -> None:
@@ -333,14 +341,14 @@ class Run:
 
     def _as_mistake(self, error: Exception) -> UserError:
         """What all ranks raise, and what is left of the run."""
-        kept = (
-            "there is no checkpoint yet"
-            if self._writer.step is None
-            else f"the checkpoint of step {self._writer.step} is kept"
-        )
-        mistake = UserError(f"{error}; {kept} in {self._dir}")
+        mistake = UserError(f"{error}; {self._kept()} in {self._dir}")
         mistake.raised_on_all_ranks = True
         return mistake
+
+    def _kept(self) -> str:
+        if self._writer.step is None:
+            return "there is no checkpoint yet"
+        return f"the checkpoint of step {self._writer.step} is kept"
 
     def _restore(self, snapshot: checkpoint.Snapshot, is_newcomer: bool) -> None:
         """Go on from ``snapshot``. Collective."""

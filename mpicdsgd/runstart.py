@@ -178,7 +178,7 @@ def prepare(config: Config, comm: MPI.Intracomm, inherited: Inherited | None = N
     )
     part = inherited.snapshot if inherited is not None else None
     # Before the checkpoints are listed: an owner that was taken for dead removes none from now on.
-    with agreement(comm, "the run's folder", timeout_s + owner.LONGEST_S):
+    with agreement(agents.comm, "the run's folder", timeout_s + owner.LONGEST_S):
         if agents.rank == 0:
             start.owner = owner.claim(start.dir, part.generation if part is not None else None)
     agents.generation = agents.comm.bcast(start.owner.generation if start.owner else 0)
@@ -224,6 +224,8 @@ def _find(start: Start) -> None:
         log.warning("%s is not what it was before this checkpoint", key)
     if snapshot.agents != agents.size:
         _tell(start, snapshot.agents)
+    elif snapshot.shared["Pi"] != start.shared["Pi"]:  # of a file, which may have changed
+        log.warning("the mixing matrix is not what it was before this checkpoint")
 
 
 def _go_on(start: Start, snapshot: checkpoint.Snapshot) -> None:

@@ -4,9 +4,12 @@ A test that fails on one rank alone would leave the others in a collective call,
 failure prints its report and ends all ranks.
 """
 
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from mpi4py import MPI
@@ -67,3 +70,14 @@ def comm() -> Iterator[MPI.Intracomm]:
     yield own
     own.Barrier()
     own.Free()
+
+
+@pytest.fixture
+def shared_folder(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that all ranks see, and in which they are."""
+    path = Path(comm.bcast(tempfile.mkdtemp() if comm.rank == 0 else None))
+    monkeypatch.chdir(path)
+    yield path
+    comm.barrier()
+    if comm.rank == 0:
+        shutil.rmtree(path)

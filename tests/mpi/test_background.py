@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +19,8 @@ from mpicdsgd.checkpoint import Keep, Snapshot
 
 
 @pytest.fixture
-def run(comm: MPI.Intracomm) -> Iterator[Path]:
-    """A folder that all ranks see."""
-    path = Path(comm.bcast(tempfile.mkdtemp() if comm.rank == 0 else None))
-    yield path
-    comm.barrier()
-    if comm.rank == 0:
-        shutil.rmtree(path)
+def run(shared_folder: Path) -> Path:
+    return shared_folder
 
 
 def snapshot(step: int, rank: int, size: int = 5000) -> Snapshot:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import struct
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -45,18 +43,15 @@ Train = Callable[..., None]
 
 
 @pytest.fixture
-def folder(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folder(comm: MPI.Intracomm, shared_folder: Path) -> Path:
     """A folder that all ranks see, with a config, and in which they are."""
-    path = Path(comm.bcast(tempfile.mkdtemp() if comm.rank == 0 else None))
     if comm.rank == 0:
         topology = "ring" if comm.size > 1 else "complete"
-        (path / "r.toml").write_text(CONFIG.format(topology=topology, limit=32 * comm.size))
+        (shared_folder / "r.toml").write_text(
+            CONFIG.format(topology=topology, limit=32 * comm.size)
+        )
     comm.barrier()
-    monkeypatch.chdir(path)
-    yield path
-    comm.barrier()
-    if comm.rank == 0:
-        shutil.rmtree(path)
+    return shared_folder
 
 
 class Trainer:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,8 @@ from mpicdsgd.errors import UserError
 
 
 @pytest.fixture
-def run(comm: MPI.Intracomm) -> Iterator[Path]:
-    """A folder that all ranks see."""
-    path = Path(comm.bcast(tempfile.mkdtemp() if comm.rank == 0 else None))
-    yield path
-    comm.barrier()
-    if comm.rank == 0:
-        shutil.rmtree(path)
+def run(shared_folder: Path) -> Path:
+    return shared_folder
 
 
 def snapshot(step: int, rank: int) -> Snapshot:

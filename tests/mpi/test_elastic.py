@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from mpicdsgd.elastic import origins
 from mpicdsgd.run import Run
 from mpicdsgd.runconfig import Config, load_config
 from mpicdsgd.specs import graph_from_spec, mixing_from_spec
+from mpicdsgd.state import seed_generators
 
 N = MPI.COMM_WORLD.size
 if N in (1, 4):
@@ -57,16 +56,11 @@ def model() -> nn.Module:
 
 
 @pytest.fixture(autouse=True)
-def folder(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    path = Path(comm.bcast(tempfile.mkdtemp() if comm.rank == 0 else None))
+def folder(comm: MPI.Intracomm, shared_folder: Path) -> Path:
     if comm.rank == 0:
-        (path / "r.toml").write_text(CONFIG)
+        (shared_folder / "r.toml").write_text(CONFIG)
     comm.barrier()
-    monkeypatch.chdir(path)
-    yield path
-    comm.barrier()
-    if comm.rank == 0:
-        shutil.rmtree(path)
+    return shared_folder
 
 
 def config(*overrides: str) -> Config:
@@ -191,6 +185,9 @@ def test_a_newcomer_draws_its_own_numbers(comm: MPI.Intracomm) -> None:
     for rank in range(FEWER):
         assert states[rank] == before[rank].tobytes()
     run.train()
+    seed_generators(5, comm.rank + 1)
+    began = comm.allgather(torch.get_rng_state().numpy().tobytes())
+    assert not set(states) & set(began), "nor what an agent of that number drew at first"
 
 
 def test_stopped_again_it_is_the_same_run(comm: MPI.Intracomm, folder: Path) -> None:
@@ -233,6 +230,16 @@ def test_fedavg_averages_at_the_ends_of_epochs(comm: MPI.Intracomm) -> None:
     ]
     assert alike == ends
     assert any(ends)
+
+
+def test_cosine_falls_without_a_jump_to_zero(comm: MPI.Intracomm) -> None:
+    settings = ("optim.schedule=cosine", "run.evaluate_every=1 steps")
+    first(comm, FEWER, *settings, until=7)
+    first(comm, N, *settings)
+    found = record.read(Path("run"))
+    epochs, lr = (np.array([line[key] for line in found]) for key in ("epoch", "lr"))
+    np.testing.assert_allclose(lr, 0.05 * (1 + np.cos(np.pi * epochs / 4)) / 2, atol=0.05 / 40)
+    assert epochs[-1] == 4
 
 
 def test_without_it_the_number_must_be_the_same(comm: MPI.Intracomm) -> None:

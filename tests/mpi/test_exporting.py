@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -55,13 +52,8 @@ nesterov = "look-ahead"
 
 
 @pytest.fixture
-def folder(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    path = Path(comm.bcast(tempfile.mkdtemp() if comm.rank == 0 else None))
-    monkeypatch.chdir(path)
-    yield path
-    comm.barrier()
-    if comm.rank == 0:
-        shutil.rmtree(path)
+def folder(shared_folder: Path) -> Path:
+    return shared_folder
 
 
 @pytest.mark.parametrize("buffers", ["local", "mixed"])

@@ -10,8 +10,6 @@ import logging
 import math
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,19 +112,16 @@ def nan_in_the_fifth(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tens
 
 
 @pytest.fixture
-def folder(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folder(comm: MPI.Intracomm, shared_folder: Path) -> Path:
     """A folder that all ranks see, with a config, and in which they are."""
-    path = Path(comm.bcast(tempfile.mkdtemp() if comm.rank == 0 else None))
     if comm.rank == 0:
         topology = "ring" if comm.size != 5 else "star"  # unequal degrees
-        (path / "r.toml").write_text(CONFIG.format(topology=topology, limit=40 * comm.size))
+        (shared_folder / "r.toml").write_text(
+            CONFIG.format(topology=topology, limit=40 * comm.size)
+        )
     comm.barrier()
-    monkeypatch.chdir(path)
     losses.clear()
-    yield path
-    comm.barrier()
-    if comm.rank == 0:
-        shutil.rmtree(path)
+    return shared_folder
 
 
 def config(*overrides: str) -> Config:

@@ -5,9 +5,6 @@ Every rank trains; rank 0 then simulates all of them and compares.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,17 +102,12 @@ def noisy(path: str, seed: int) -> tuple[Any, Any]:
 
 
 @pytest.fixture
-def folder(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folder(comm: MPI.Intracomm, shared_folder: Path) -> Path:
     """A folder that all ranks see, with a config, and in which they are."""
-    path = Path(comm.bcast(tempfile.mkdtemp() if comm.rank == 0 else None))
     if comm.rank == 0:
-        (path / "r.toml").write_text(CONFIG)
+        (shared_folder / "r.toml").write_text(CONFIG)
     comm.barrier()
-    monkeypatch.chdir(path)
-    yield path
-    comm.barrier()
-    if comm.rank == 0:
-        shutil.rmtree(path)
+    return shared_folder
 
 
 def compare(comm: MPI.Intracomm, *overrides: str, mapped: float | None = 2e-6) -> Simulation | None:

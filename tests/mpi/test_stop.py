@@ -94,20 +94,15 @@ def term_twice() -> None:
 
 
 @pytest.fixture
-def folder(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folder(comm: MPI.Intracomm, shared_folder: Path) -> Iterator[Path]:
     """A folder that all ranks see and in which they are, and signals that are caught."""
-    path = Path(comm.bcast(tempfile.mkdtemp() if comm.rank == 0 else None))
     if comm.rank == 0:
-        (path / "r.toml").write_text(CONFIG.format(limit=48 * comm.size))
+        (shared_folder / "r.toml").write_text(CONFIG.format(limit=48 * comm.size))
     comm.barrier()
-    monkeypatch.chdir(path)
     stopsignals.catch()
     fresh()
-    yield path
+    yield shared_folder
     fresh()
-    comm.barrier()
-    if comm.rank == 0:
-        shutil.rmtree(path)
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,6 @@ die: `tests/jobs/test_survival.py`.
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,16 +32,11 @@ optim = {lr = 0.05, momentum = 0.9, schedule = "cosine"}
 
 
 @pytest.fixture(autouse=True)
-def folder(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    path = Path(comm.bcast(tempfile.mkdtemp() if comm.rank == 0 else None))
+def folder(comm: MPI.Intracomm, shared_folder: Path) -> Path:
     if comm.rank == 0:
-        (path / "r.toml").write_text(CONFIG)
+        (shared_folder / "r.toml").write_text(CONFIG)
     comm.barrier()
-    monkeypatch.chdir(path)
-    yield path
-    comm.barrier()
-    if comm.rank == 0:
-        shutil.rmtree(path)
+    return shared_folder
 
 
 def config(*overrides: str) -> Config:

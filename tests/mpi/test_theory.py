@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,17 +107,12 @@ def below_zero(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def folder(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folder(comm: MPI.Intracomm, shared_folder: Path) -> Path:
     """A folder that all ranks see, with a config, and in which they are."""
-    path = Path(comm.bcast(tempfile.mkdtemp() if comm.rank == 0 else None))
     if comm.rank == 0:
-        (path / "r.toml").write_text(CONFIG)
+        (shared_folder / "r.toml").write_text(CONFIG)
     comm.barrier()
-    monkeypatch.chdir(path)
-    yield path
-    comm.barrier()
-    if comm.rank == 0:
-        shutil.rmtree(path)
+    return shared_folder
 
 
 def train(comm: MPI.Intracomm, *overrides: str, steps: int = 0) -> Run:
