@@ -134,9 +134,11 @@ def claim(run_dir: Path, heir_of: int | None = None) -> Owner:
             sync_folder(run_dir)
             return owner
     except (OSError, ValueError) as error:
+        in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
+        other = "another folder" if in_the_way else "a folder that you may write"
         raise UserError(
-            f"run folder {run_dir} cannot be made or written ({reason(error)}): "
-            "set run.dir to a folder that you may write"
+            f"run folder {run_dir} cannot be made or written ({reason(error)}): set run.dir to "
+            f"{other}"
         ) from None
 
 
