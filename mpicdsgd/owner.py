@@ -12,6 +12,7 @@ does no harm: every file carries its writer's generation, and readers take the n
 from __future__ import annotations
 
 import atexit
+import errno
 import json
 import logging
 import os
@@ -115,7 +116,10 @@ def claim(run_dir: Path, heir_of: int | None = None) -> Owner:
     run_dir = Path(run_dir).absolute()  # it is touched wherever the process goes
     about = _identity()
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
         until = time.monotonic() + PATIENCE_S
         while True:
             newest = newest_generation(run_dir)
@@ -134,7 +138,7 @@ def claim(run_dir: Path, heir_of: int | None = None) -> Owner:
             sync_folder(run_dir)
             return owner
     except (OSError, ValueError) as error:
-        in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
+        in_the_way = isinstance(error, NotADirectoryError)
         other = "another folder" if in_the_way else "a folder that you may write"
         raise UserError(
             f"run folder {run_dir} cannot be made or written ({reason(error)}): set run.dir to "
