@@ -1,7 +1,8 @@
 """What do checkpoints cost, and what does a start? On the authors' CNN and an MLP of 25M.
 
 - steps: seconds per training step with a checkpoint every 50 steps beside none, in blocks of 50
-  steps in turn; a block with one ends when its manifest is there.
+  steps in turn; a block with one ends when its manifest is there and the one
+  before it is removed.
 - write: bytes per second from the call to the manifest, beside NumPy's tofile and fsync of the same
   arrays by the same ranks at the same time, in turn.
 - restart: from the launcher's start to the first step done, without a checkpoint and with one,

@@ -68,6 +68,11 @@ class Trainer:
     def finish(self) -> None:
         self.run._writer.finish()
 
+    def settle(self) -> None:
+        """Wait for the checkpoint, and for the removal of the one before it."""
+        self.finish()
+        self.run._writer._settle()
+
     def most(self, *values: float) -> list[float]:
         """The largest of all ranks. Collective."""
         rows: list[float] = contenders.gather(self.comm, values).max(axis=0).tolist()
@@ -92,7 +97,8 @@ class Trainer:
 def steps(case: Case) -> Case:
     """Seconds per step of blocks without and with a checkpoint, in turn.
 
-    A block with one begins with `save`, and ends when the manifest is there.
+    A block with one begins with `save`, and ends when the manifest is there and the checkpoint
+    before it is removed.
     """
     made = Trainer(case)
     count = case["steps"]
@@ -105,7 +111,7 @@ def steps(case: Case) -> Case:
             saved = time.perf_counter()
             made.steps(count)
             if way == "with":
-                made.finish()
+                made.settle()
             took_s, save_s = made.most((time.perf_counter() - start) / count, saved - start)
             if round_ > 0:  # the first one starts writers and touches memory
                 seconds[way].append(took_s)
@@ -130,6 +136,7 @@ def write(case: Case) -> Case:
         made.save()
         made.finish()
         (checkpoint_s,) = made.most(time.perf_counter() - start)
+        made.settle()
         arrays = state.capture_arrays(run.optimizer, run.model)
         start = made.together()
         with open(path, "wb") as file:

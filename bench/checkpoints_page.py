@@ -66,7 +66,8 @@ def _steps(section: common.Record) -> list[str]:
     return [
         f"## A training step with a checkpoint every {section['every']} steps", "",
         f"{section['ranks']} ranks, batch 32; goal: at most {SLOWER}. A block of "
-        f"{section['every']} steps with a checkpoint lasts until its manifest is there.", "",
+        f"{section['every']} steps with a checkpoint lasts until its manifest is there and the "
+        "checkpoint before it is removed.", "",
         *table(head, rows),
     ]  # fmt: skip
 

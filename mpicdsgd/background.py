@@ -2,7 +2,8 @@
 
     save       every agent copies its state and gives the copy to its `WriterProcess`
     progress   whoever's file is on the disk says so to rank 0, by a gather that nobody waits for;
-               when all have, rank 0's process writes index and manifest: the checkpoint exists
+               when all have, rank 0's process writes index and manifest: the checkpoint exists;
+               then it removes what is no longer kept
     finish     waits for all this, and tells every rank what became of it; so does the next `save`
 
 The gathers run on a communicator of their own, one for each checkpoint and in their order, so they
@@ -15,7 +16,7 @@ import contextlib
 import logging
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from mpicdsgd.writerprocess import WriterProcess
 log = logging.getLogger("mpicdsgd")
 
 _RECORD_BYTES = 512  # of an agent's outcome: size and checksum, or what went wrong
+_PAUSE_S = 0.0005
 _PATIENCE_S = 60.0  # after this the log says what the run is waiting for
 
 
@@ -52,6 +54,7 @@ class _UnderWay:
     request: MPI.Request | None = None
     committing: bool = False
     written: bool | None = None  # rank 0, once it is known
+    outcome: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(1, np.uint8))
 
 
 class Background:
@@ -85,6 +88,7 @@ class Background:
         self._cannot = self._closed = False
         self._job: _UnderWay | None = None
         self._since = 0.0
+        self._pruning = self._said = False  # pruning: rank 0
 
     def save(self, snapshot: Snapshot) -> None:
         """Begin to write a checkpoint, once the one before is done. Collective.
@@ -93,7 +97,8 @@ class Background:
         already is not written again.
         """
         self.finish()
-        self._since = time.monotonic()
+        self._settle()  # so that there is never more than one on the disk that is not kept
+        self._since, self._said = time.monotonic(), False
         place = place_of(self._run_dir, self._generation, snapshot.step)
         about = state.describe(snapshot, self._generation, self._comm.rank, self._comm.size)
         first = self._comm.rank == 0
@@ -114,6 +119,12 @@ class Background:
 
     def progress(self) -> None:
         """Go on with what is under way, without waiting. Local; call it at every step."""
+        if self._pruning:
+            assert self._process is not None
+            answer = self._process.answer()
+            if answer is None:
+                return
+            self._pruned(answer)
         job = self._job
         if job is None or job.written is not None:
             return
@@ -132,7 +143,7 @@ class Background:
                 assert self._process is not None
                 answer = self._process.answer()
                 if answer is not None:
-                    self._committed(job, answer)
+                    self._committed(job, answer["problem"])
 
     def finish(self) -> None:
         """Wait until what is under way is done; then `step` is the same on all ranks. Collective.
@@ -143,19 +154,14 @@ class Background:
         job, since = self._job, time.monotonic()
         if job is None:
             return
-        said = False
+        late = f"the checkpoint of step {job.about.step} is not on the disk"
         while not self._here(job):
-            self.progress()
-            time.sleep(0.0005)
-            if not said and time.monotonic() - since > _PATIENCE_S:
-                said = True
-                log.warning(
-                    "rank %d: the checkpoint of step %d is not on the disk after %g s: waiting",
-                    self._comm.rank,
-                    job.about.step,
-                    _PATIENCE_S,
-                )
-        written = self._comm.bcast(job.written)
+            self._pause(since, late)
+        job.outcome[0] = job.written is True
+        told = self._comm.Ibcast(job.outcome, root=0)
+        while not told.Test():
+            self._pause(since)
+        written = bool(job.outcome[0])
         self._job = None
         if written:
             self.step = job.about.step
@@ -167,6 +173,7 @@ class Background:
         if self._closed:
             return
         self.finish()
+        self._settle()
         self._closed = True
         if self._process is not None:
             self._process.close()
@@ -181,6 +188,20 @@ class Background:
         if self._process is not None:
             self._process.kill()
             self._process = None
+
+    def _settle(self) -> None:
+        """Wait until what is no longer kept is gone. Local."""
+        since = time.monotonic()
+        while self._pruning:
+            self._pause(since, "what is no longer kept is not removed")
+
+    def _pause(self, since: float, late: str = "") -> None:
+        """Give the core to the writers, from whom a blocking call would take it."""
+        self.progress()
+        time.sleep(_PAUSE_S)
+        if late and not self._said and time.monotonic() - since > _PATIENCE_S:
+            self._said = True
+            log.warning("rank %d: %s after %g s: waiting", self._comm.rank, late, _PATIENCE_S)
 
     def _here(self, job: _UnderWay) -> bool:
         """Whether this rank has done its part."""
@@ -235,10 +256,10 @@ class Background:
         for rank, text in enumerate(texts):
             size, digest = text.split()
             entries.append(FileEntry(job.place.rank_file(rank).name, int(size), digest))
+        stays = self._keep.stays(job.place.step)
         if self._process is None:
-            arguments = (entries, job.layouts, job.shared, self._keep)
-            problem, remark = state.commit(job.place, *arguments)
-            self._committed(job, {"problem": problem, "remark": remark})
+            problem = state.commit(job.place, entries, job.layouts, job.shared, stays)
+            self._committed(job, problem)
             return
         self._process.commit(
             self._run_dir,
@@ -248,19 +269,33 @@ class Background:
                 "entries": [vars(entry) for entry in entries],
                 "layouts": job.layouts,
                 "shared": job.shared,
-                "keep": asdict(self._keep),
+                "stays": stays,
             },
         )
 
-    def _committed(self, job: _UnderWay, answer: dict[str, Any]) -> None:
-        problem, remark = answer["problem"], answer.get("remark", "")
-        if problem and looks_intact(job.place):
-            # The process ended after the manifest, and may have removed the checkpoints before.
+    def _committed(self, job: _UnderWay, problem: str) -> None:
+        """Rank 0, when the manifest is there, or cannot be."""
+        place, last = job.place, self._keep.last
+        if problem and looks_intact(place):  # the process ended after the manifest
             with contextlib.suppress(OSError):
-                sync_folder(job.place.folder)
-            remark = f"the checkpoint of step {job.place.step} is written, but {problem}"
-            problem = ""
-        self._outcome(job, [f"rank 0: {problem}"] if problem else [], remark)
+                sync_folder(place.folder)
+            remark = f"the checkpoint of step {place.step} is written, but {problem}"
+            self._outcome(job, [], remark)
+        elif problem:
+            self._outcome(job, [f"rank 0: {problem}"], "")
+        elif self._process is None:
+            self._outcome(job, [], state.prune(place, last))
+        else:
+            self._process.prune(self._run_dir, place.generation, place.step, last)
+            self._pruning = True
+            self._outcome(job, [], "")
+
+    def _pruned(self, answer: dict[str, Any]) -> None:
+        self._pruning = False
+        if problem := answer.get("problem"):
+            answer = {"remark": f"old checkpoints may be left: {problem}"}
+        if answer["remark"]:
+            log.warning("%s", answer["remark"])
 
     def _outcome(self, job: _UnderWay, problems: list[str], remark: str) -> None:
         if problems:

@@ -22,7 +22,7 @@ from mpicdsgd.errors import UserError
 from mpicdsgd.inspection import inspect
 from mpicdsgd.manifest import Damaged, Manifest, Place
 from mpicdsgd.runfolder import reason
-from mpicdsgd.snapshot import Keep, Snapshot, commit, describe, discard, say, write_own
+from mpicdsgd.snapshot import Keep, Snapshot, commit, describe, discard, prune, say, write_own
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -58,8 +58,9 @@ def write(
         if not problems:
             entries = [e for (e, _), _ in gathered if e is not None]
             layouts = [spec for _, spec in gathered]
-            problem, remark = commit(place, entries, layouts, snapshot.shared, keep)
+            problem = commit(place, entries, layouts, snapshot.shared, keep.stays(place.step))
             problems = [f"rank 0: {problem}"] if problem else []
+            remark = "" if problem else prune(place, keep.last)
     problems = comm.bcast(problems)
     if comm.rank == 0:
         say(snapshot.step, problems, remark)

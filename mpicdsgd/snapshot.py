@@ -88,23 +88,32 @@ def commit(
     entries: list[FileEntry],
     layouts: list[dict[str, Any]],
     shared: dict[str, Any],
-    keep: Keep,
-) -> tuple[str, str]:
-    """Rank 0, once all agents' files are there: index, manifest, and old checkpoints removed.
+    stays: bool,
+) -> str:
+    """Rank 0, once all agents' files are there: index and manifest. Local; raises nothing.
 
     Returns:
-        A problem, "" if the checkpoint is there now; and a remark for the log, or "".
+        A problem, "" if the checkpoint is there now.
     """
     try:
-        _finish(place, entries, layouts, shared, keep.stays(place.step))
+        _finish(place, entries, layouts, shared, stays)
     except Exception as error:
         discard(place, 0)  # the manifest goes before any rank's file does
-        return reason(error), ""
+        return reason(error)
+    return ""
+
+
+def prune(place: Place, last: int) -> str:
+    """Rank 0, once ``place`` is there: remove older ones but ``last``. Local; raises nothing.
+
+    Returns:
+        A remark for the log, or "".
+    """
     run_dir = place.folder.parent.parent
     try:
-        return "", disk.prune(run_dir, place.generation, keep.last)
+        return disk.prune(run_dir, place.generation, last)
     except OSError as error:
-        return "", f"old checkpoints in {run_dir} cannot be removed: {reason(error)}"
+        return f"old checkpoints in {run_dir} cannot be removed: {reason(error)}"
 
 
 def say(step: int, problems: list[str], remark: str) -> None:

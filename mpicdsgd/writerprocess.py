@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpicdsgd import snapshot, stopsignals
-from mpicdsgd.manifest import FileEntry, place_of
+from mpicdsgd.manifest import FileEntry, Place, place_of
 from mpicdsgd.rankfile import About, Arrays
 
 _ALIGNED = 64  # bytes: where an array may begin
@@ -91,10 +91,15 @@ class WriterProcess:
         """Have `snapshot.commit` done; ``job``: its further arguments, as JSON."""
         self._send({"do": "commit", "run_dir": str(run_dir), **job})
 
+    def prune(self, run_dir: Path, generation: int, step: int, last: int) -> None:
+        """Have `snapshot.prune` done."""
+        job = {"do": "prune", "generation": generation, "step": step, "last": last}
+        self._send({"run_dir": str(run_dir), **job})
+
     def answer(self, timeout_s: float | None = 0.0) -> Job | None:
         """What became of the job; None where it is not done within ``timeout_s`` (None: for ever).
 
-        {"entry": ...} or {"problem": text}; of a commit {"problem": text, "remark": text}.
+        {"entry": ...} or {"problem": text}; of a removal {"remark": text}.
         """
         while b"\n" not in self._said:
             poll = select.poll()  # not select(), which knows no descriptor above 1023
@@ -163,16 +168,21 @@ def _write(memory: int, job: Job) -> Job:
     return {"problem": problem} if entry is None else {"entry": vars(entry)}
 
 
-def _commit(job: Job) -> Job:
-    place = place_of(Path(job["run_dir"]), job["generation"], job["step"])
-    problem, remark = snapshot.commit(
-        place,
-        [FileEntry(**entry) for entry in job["entries"]],
-        job["layouts"],
-        job["shared"],
-        snapshot.Keep(**job["keep"]),
-    )
-    return {"problem": problem, "remark": remark}
+def _commit(memory: int, job: Job) -> Job:
+    entries = [FileEntry(**entry) for entry in job["entries"]]
+    arguments = (entries, job["layouts"], job["shared"], job["stays"])
+    return {"problem": snapshot.commit(_place(job), *arguments)}
+
+
+def _prune(memory: int, job: Job) -> Job:
+    return {"remark": snapshot.prune(_place(job), job["last"])}
+
+
+def _place(job: Job) -> Place:
+    return place_of(Path(job["run_dir"]), job["generation"], job["step"])
+
+
+_JOBS = {"write": _write, "commit": _commit, "prune": _prune}
 
 
 def main(memory: int) -> int:
@@ -186,7 +196,7 @@ def main(memory: int) -> int:
         if job["do"] == "end":
             break
         try:
-            answer = _write(memory, job) if job["do"] == "write" else _commit(job)
+            answer = _JOBS[job["do"]](memory, job)
         except Exception as error:  # the rank waits for an answer
             answer = {"problem": f"{type(error).__name__}: {error}"}
         with contextlib.suppress(BrokenPipeError):

@@ -16,6 +16,7 @@ from mpi4py import MPI
 from mpicdsgd import background, checkpoint, owner
 from mpicdsgd.background import Background
 from mpicdsgd.checkpoint import Keep, Snapshot
+from mpicdsgd.writerprocess import WriterProcess
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ def test_a_rank_that_cannot_write_is_everybodys(
 def test_a_writer_that_dies_once_it_is_there(
     run: Path, comm: MPI.Intracomm, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Before it can say so: the checkpoints before may be gone by now."""
+    """Before it can say so. What is older goes with the next one."""
     writer = Background(run, 1, comm, Keep(1))
     save(writer, 10, comm)
     writer.finish()
@@ -143,19 +144,115 @@ def test_a_writer_that_dies_once_it_is_there(
 
         def ended(timeout_s: float | None = 0.0) -> Any:
             found = answer(timeout_s)
-            killed = found is not None and "remark" in found
+            killed = found == {"problem": ""}
             return {"problem": "the writer process ended with code -9"} if killed else found
 
         process.answer = ended  # type: ignore[method-assign]
     save(writer, 20, comm)
     writer.finish()
     assert writer.step == 20
-    assert steps_there(run) == ["step-00000020"]
+    assert steps_there(run) == ["step-00000010", "step-00000020"]
     assert read(run, comm) == 20
     texts = [r.getMessage() for r in caplog.records]
     expected = "the checkpoint of step 20 is written, but the writer process ended with code -9"
     assert texts == [expected] * (comm.rank == 0)
+    if process is not None:
+        process.answer = WriterProcess.answer.__get__(process)  # type: ignore[method-assign]
+    save(writer, 30, comm)
     writer.close()
+    comm.barrier()
+    assert steps_there(run) == ["step-00000030"]
+    assert len(caplog.records) == len(texts)
+
+
+def test_what_is_no_longer_kept_goes_without_a_wait(run: Path, comm: MPI.Intracomm) -> None:
+    """The next checkpoint waits for it: there is never more than one that is not kept."""
+    writer = Background(run, 1, comm, Keep(1))
+    process: WriterProcess | None = None
+    asked: list[Any] = []
+    for step in (10, 20):
+        save(writer, step, comm)
+        if comm.rank == 0 and step == 20:
+            process = writer._process
+            assert process is not None
+            process.prune = lambda *job: asked.append(job)  # type: ignore[method-assign]
+        writer.finish()
+    comm.barrier()
+    assert steps_there(run) == ["step-00000010", "step-00000020"]
+    comm.barrier()
+    if process is not None:
+        assert asked == [(run, 1, 20, 1)]
+        for _ in range(10):
+            writer.progress()  # nothing was removed yet: it does not wait either
+        assert writer._pruning
+        WriterProcess.prune(process, *asked[0])
+        del process.prune
+    save(writer, 30, comm)
+    there = steps_there(run)
+    assert "step-00000010" not in there, there
+    writer.close()
+    comm.barrier()
+    assert steps_there(run) == ["step-00000030"]
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_what_cannot_be_removed(
+    run: Path, comm: MPI.Intracomm, caplog: pytest.LogCaptureFixture, ends: bool
+) -> None:
+    """Is said; the checkpoint is there nevertheless."""
+    writer = Background(run, 1, comm, Keep(1))
+    save(writer, 10, comm)
+    writer.finish()
+    if comm.rank == 0:
+        process = writer._process
+        assert process is not None
+        if ends:
+            pid = process._process.pid
+            process.prune = lambda *job: os.kill(pid, signal.SIGKILL)  # type: ignore[method-assign]
+        else:
+            path = run / "checkpoints" / "step-00000010" / "manifest.g0001.json"
+            path.rename(path.with_suffix(".aside"))
+            path.mkdir()
+    save(writer, 20, comm)
+    writer.close()
+    texts = [r.getMessage() for r in caplog.records]
+    expected = "old checkpoints may be left: the writer" if ends else "cannot be removed: "
+    assert [expected in text for text in texts] == [True] * (comm.rank == 0)
+    assert read(run, comm) == 20
+
+
+@pytest.mark.parametrize("which", ["write", "removal"])
+def test_a_disk_that_does_not_answer_is_said(
+    run: Path,
+    comm: MPI.Intracomm,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    which: str,
+) -> None:
+    """Once, by the rank that waits for it."""
+    writer = Background(run, 1, comm, Keep(2))
+    if comm.rank == 0:
+        process = writer._start()
+        assert process is not None
+        answer, begun = process.answer, []
+
+        def late(timeout_s: float | None = 0.0) -> Any:
+            if writer._pruning == (which == "removal") and len(begun) < 400:
+                begun.append(time.monotonic())
+                monkeypatch.setattr(background, "_PATIENCE_S", 0.05)
+                return None
+            return answer(timeout_s)
+
+        process.answer = late  # type: ignore[method-assign]
+    save(writer, 20, comm)
+    writer.close()
+    assert read(run, comm) == 20
+    texts = [r.getMessage() for r in caplog.records]
+    what = "the checkpoint of step 20 is not on the disk"
+    if which == "removal":
+        what = "what is no longer kept is not removed"
+    expected = f"rank 0: {what} after 0.05 s: waiting"
+    assert texts == [expected] * (comm.rank == 0)
 
 
 @pytest.mark.parametrize("which", ["rank 0", "last rank"])
@@ -167,6 +264,7 @@ def test_a_writer_that_dies(
     writer = Background(run, 1, comm, Keep(2))
     save(writer, 10, comm)
     writer.finish()
+    writer._settle()
     if comm.rank == victim:
         assert writer._process is not None
         os.kill(writer._process._process.pid, signal.SIGSTOP)  # so that it has not done it yet
