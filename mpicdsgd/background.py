@@ -235,7 +235,7 @@ class Background:
         job = self._job
         assert job is not None
         entry = answer.get("entry")
-        text = f"{entry['size_bytes']} {entry['sha256']}" if entry else f"!{answer['problem']}"
+        text = f"{entry['size_bytes']} {entry['xxh128']}" if entry else f"!{answer['problem']}"
         data = text.encode()[:_RECORD_BYTES]
         job.own[: len(data)] = np.frombuffer(data, np.uint8)
         if self._comm.rank == 0:

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from mpicdsgd.manifest import Damaged, FileEntry, Place, entry_of
 from mpicdsgd.runfolder import reason, temporary_name
 
+_PIECE = 1 << 23  # bytes
 _NUMERIC = "biufc"  # NumPy's kinds: bool, integers, floats, complex
 
 Arrays = dict[str, NDArray[Any]]
@@ -147,7 +148,9 @@ class _Deaf(io.RawIOBase):
         size = len(rest)
         try:
             while rest and self._error is None:
-                done = os.pwrite(self._handle, rest, self._at)
+                done = os.pwrite(self._handle, rest[:_PIECE], self._at)
+                if done == _PIECE:  # Linux begins to write it to the disk now, not at the sync
+                    os.posix_fadvise(self._handle, self._at, done, os.POSIX_FADV_DONTNEED)
                 self._at, rest = self._at + done, rest[done:]
         except OSError as error:
             self._error = error

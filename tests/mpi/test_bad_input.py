@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -458,9 +459,7 @@ def test_checkpoints_of_something_else(job: Trainer, comm: MPI.Intracomm, folder
             found = manifest.read_manifest(place)
             extra = manifest.FileEntry(place.rank_file(comm.size).name, 0, "")
             files = (*found.files[:-1], extra, found.files[-1])
-            more = manifest.Manifest(
-                found.step, found.generation, found.agents + 1, files, found.arrays, found.shared
-            )
+            more = dataclasses.replace(found, agents=found.agents + 1, files=files)
             manifest.write_manifest(place, more)
 
     by_one(comm, pretend)

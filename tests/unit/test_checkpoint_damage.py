@@ -185,11 +185,15 @@ def test_hostile_manifests_with_right_checksums(tmp_path: Path) -> None:
         {"step": 21},
         {"step": 10**30},
         {"generation": 2},
-        {"format": 2},
+        {"format": 1},
         {"arrays": {"x": {"shape": [-1], "dtype": "<f4"}}},
         {"arrays": {"x": 1}},
         {"shared": []},
-        *({key: ...} for key in ("step", "generation", "agents", "files", "arrays", "shared")),
+        {"stays": 1},
+        *(
+            {key: ...}
+            for key in ("step", "generation", "agents", "files", "arrays", "shared", "stays")
+        ),
     ]
     for changes in cases:
         reseal(path, **changes)

@@ -37,7 +37,7 @@ def answer(writer: WriterProcess) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("grow", [1, 300])
+@pytest.mark.parametrize("grow", [1, 5000])
 def test_arrays(tmp_path: Path, grow: int) -> None:
     writer = WriterProcess()
     assert writer.answer() is None
