@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import time
 from typing import Any
 
 import numpy as np
 import torch
 from mpi4py import MPI
 
-from mpicdsgd import checkpoint, record, state
+from mpicdsgd import checkpoint, record
 from mpicdsgd.agreement import agree
 from mpicdsgd.algorithms.choose import (
     Circumstances,
     make_optimizer,
     make_scheduler,
-    restore_schedule,
 )
 from mpicdsgd.background import Background
 from mpicdsgd.data.feed import to_device
@@ -28,8 +25,9 @@ from mpicdsgd.links.server import Server
 from mpicdsgd.measure import RunningMeans, StepTrace, accuracy, measure, ratio
 from mpicdsgd.minibatch import minibatch_step
 from mpicdsgd.progress import Progress, evaluation, reached
-from mpicdsgd.runconfig import Config, as_json
+from mpicdsgd.runconfig import Config
 from mpicdsgd.runstart import Inherited, prepare
+from mpicdsgd.standing import Standing
 from mpicdsgd.stop import Stop, remove_marker
 from mpicdsgd.trace import Recorder
 
@@ -61,7 +59,7 @@ class Run:
         self._is_heir = inherited is not None and inherited.snapshot is not None
         self.config, self.agents = config, start.agents
         self.data, self.shuffler, self.model = start.data, start.shuffler, start.model
-        self.loss_fn, self._dir, self._shared = start.loss_fn, start.dir, start.shared
+        self.loss_fn, self._dir = start.loss_fn, start.dir
         agents, snapshot, per_epoch = start.agents, start.snapshot, start.course.per_epoch
         self.course = start.course
         self._deferred = agents.gpu is not None  # the host runs ahead, and waits for no loss
@@ -90,13 +88,12 @@ class Run:
             self.scheduler = make_scheduler(
                 config.optim, self.optimizer, self.total_steps, self.course.shift
             )
-        self._start = time.monotonic()
-        self._before = {"time_s": 0.0, "wait_s": 0.0, "bytes_sent": 0.0}
-        self._means = RunningMeans()
-        self._last: dict[str, Any] | None = None
+        self._standing = Standing(agents, self.model, self.optimizer, self.scheduler, start.shared)
         self._shown = ""
         if snapshot is not None:
-            self._restore(snapshot, start.is_newcomer)
+            self._standing.restore(snapshot, start.is_newcomer)
+            if agents.rank == 0:
+                log.info("going on from step %d in %s", snapshot.step, self._dir)
         self._writer = Background(
             self._dir,
             agents.generation,
@@ -146,7 +143,7 @@ class Run:
             self._writer.close()
             self._release()
             raise self._as_mistake(error) from None
-        return self._last
+        return self._standing.last
 
     def abandon(self) -> checkpoint.Snapshot:
         """Give up this start, as some of its agents are dead; what this agent has. Local.
@@ -159,7 +156,7 @@ class Run:
         self._release()
         while self.scheduler.last_epoch < self.optimizer.steps:
             self.scheduler.step()  # it died between the two: after the post, before the schedule's
-        return self._snapshot()
+        return self._standing.snapshot()
 
     def _make_up(self) -> None:
         """Do what was due before the step taken over, as a death may have prevented it. Collective.
@@ -170,7 +167,7 @@ class Run:
         at_end = done == self.total_steps
         line = self.agents.comm.bcast(self._metrics.last)
         if line is not None and line["step"] == done:
-            self._last = line
+            self._standing.last = line
         elif at_end or course.was_due(done, self._periods.evaluate, line["epoch"] if line else 0):
             self._evaluate()
         if at_end or self._periods.save:
@@ -205,7 +202,7 @@ class Run:
     def _epoch(self) -> None:
         epoch, position = self.course.place(self.optimizer.steps)
         if position == 0:
-            self._means = RunningMeans()
+            self._standing.means = RunningMeans()
         batches = self.shuffler.batches(epoch, position)
         made = self.data.train.batches(batches, epoch)
         for inputs, targets in to_device(made, self.agents.device):
@@ -242,7 +239,7 @@ class Run:
         self.scheduler.step()
         if self._trace is not None and traced is not None:
             self._trace.add(lr, loss, len(targets), traced.penalty, traced.moved())
-        means = self._means
+        means = self._standing.means
         means.add(loss, right, len(targets))
         self._progress.update(
             self.optimizer.steps, lambda: f"loss {means.mean_loss():.4f}{self._shown}"
@@ -252,7 +249,7 @@ class Run:
         self._no_fault("evaluation")
         self._flush()
         config, data = self.config.run, self.data
-        training = self._means.values()
+        training = self._standing.means.values()
         if config.evaluate_train:
             with self.optimizer.evaluating():
                 loss, right, count = evaluate(
@@ -268,19 +265,19 @@ class Run:
             config.evaluate_batch,
             training,
         )
-        sums = np.array([self._bytes(), self._wait_s()], dtype=np.float64)
+        sums = np.array([self._standing.bytes_sent(), self._standing.wait_s()])
         self.agents.comm.Allreduce(MPI.IN_PLACE, sums, MPI.SUM)
         done = self.optimizer.steps
         line = {
             "step": done,
             "epoch": self.course.epoch(done),
-            "time_s": self._time_s(),
+            "time_s": self._standing.time_s(),
             "lr": float(self.optimizer.param_groups[0]["lr"]),
             **measured,
             "bytes_sent": int(sums[0]) // self.agents.size,
             "wait_s": sums[1] / self.agents.size,
         }
-        self._last = line
+        self._standing.last = line
         self._metrics.append(line)
         self._shown = f"  {reached(line)}"
         self._progress.line(
@@ -291,35 +288,7 @@ class Run:
     def _save(self) -> None:
         self._no_fault("checkpoint")
         self._flush()
-        self._writer.save(self._snapshot())
-
-    def _snapshot(self) -> checkpoint.Snapshot:
-        """This agent's state, as views. Local."""
-        meta = {
-            "random": state.capture_random(),
-            "means": self._means.numbers(),
-            "scheduler": as_json(self.scheduler.state_dict()),
-            "groups": [{k: v for k, v in g.items() if k != "params"}
-                       for g in self.optimizer.param_groups],
-            "time_s": self._time_s(),
-            "wait_s": self._wait_s(),
-            "bytes_sent": self._bytes(),
-            "last": self._last,
-        }  # fmt: skip
-        shared = {
-            **self._shared,
-            "parameters_end": self.optimizer.arena.parameters_end,
-            "layout": state.layout(self.optimizer, self.model),
-            "passing": state.passing(self.model),
-        }
-        return checkpoint.Snapshot(
-            step=self.optimizer.steps,
-            arrays=state.capture_arrays(self.optimizer, self.model),
-            meta=as_json(meta),
-            shared=as_json(shared),
-            generation=self.agents.generation,
-            agents=self.agents.size,
-        )
+        self._writer.save(self._standing.snapshot())
 
     def _no_fault(self, where: str) -> None:
         """Raise a fault found by any agent before going into other collectives. Collective."""
@@ -349,41 +318,3 @@ class Run:
         if self._writer.step is None:
             return "there is no checkpoint yet"
         return f"the checkpoint of step {self._writer.step} is kept"
-
-    def _restore(self, snapshot: checkpoint.Snapshot, is_newcomer: bool) -> None:
-        """Go on from ``snapshot``. Collective."""
-        meta, optimizer = snapshot.meta, self.optimizer
-        with self.agents.agreement("the checkpoint's arrays"):
-            state.check(optimizer, self.model, snapshot.arrays)
-        random = None if is_newcomer else meta["random"]
-        state.restore(optimizer, self.model, snapshot.step, snapshot.arrays, random)
-        if not is_newcomer:
-            self._means = RunningMeans(**meta["means"])
-        self._last = meta["last"]
-        for key in self._before:
-            self._before[key] = float(meta[key])
-        # What this start has sent already, the run had sent before: the count goes on exactly.
-        self._before["bytes_sent"] -= optimizer.exchange.bytes_sent
-        with self.agents.agreement("the checkpoint's schedule"):
-            restore_schedule(
-                self.scheduler,
-                optimizer,
-                meta["scheduler"],
-                meta["groups"] if snapshot.shared["config"]["optim"] == self._optim() else None,
-            )
-        if self.agents.rank == 0:
-            if text := state.other_device(snapshot.arrays, self.agents.device):
-                log.warning("%s", text)
-            log.info("going on from step %d in %s", snapshot.step, self._dir)
-
-    def _optim(self) -> dict[str, Any]:
-        return as_json(dataclasses.asdict(self.config.optim))  # type: ignore[no-any-return]
-
-    def _time_s(self) -> float:
-        return self._before["time_s"] + time.monotonic() - self._start
-
-    def _wait_s(self) -> float:
-        return self._before["wait_s"] + self.optimizer.exchange.wait_s
-
-    def _bytes(self) -> float:
-        return self._before["bytes_sent"] + self.optimizer.exchange.bytes_sent

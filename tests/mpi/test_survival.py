@@ -93,7 +93,7 @@ def test_the_others_go_on(comm: MPI.Intracomm, left: int) -> None:
 def test_a_schedule_that_was_left_behind_catches_up(comm: MPI.Intracomm) -> None:
     """A death may come between the step's post and the schedule."""
     run = some_steps(comm, 5)
-    meta = run._snapshot().meta
+    meta = run._standing.snapshot().meta
     run.optimizer.stepper.steps += 1
     part = run.abandon()
     assert part.step == part.meta["scheduler"]["last_epoch"] == 6

@@ -48,10 +48,10 @@ LAYERS: list[tuple[str, set[str]]] = [
                  "snapshot", "writerprocess", "background", "exporting",
                  "record", "comparison", "figures", "graphplot", "graphreport",
                  "graphsuggest", "graphtable", "plots", "progress", "measure",
-                 "runconfig", "trace", "minibatch", "stop", "runstart", "run", "survival", "job",
-                 "stacked", "tryout", "population", "onebyone", "stackedmeasure", "simulationstart",
-                 "simulation", "rebuilt", "constants", "theorycase", "theorybounds", "theoryreport",
-                 "theorytable", "theoryplot"}),
+                 "runconfig", "trace", "minibatch", "stop", "runstart", "standing", "run",
+                 "survival", "job", "stacked", "tryout", "population", "onebyone",
+                 "stackedmeasure", "simulationstart", "simulation", "rebuilt", "constants",
+                 "theorycase", "theorybounds", "theoryreport", "theorytable", "theoryplot"}),
     ("command line", {"launch", "info", "submit", "looking", "cli", "__main__"}),
 ]  # fmt: skip
 LAYER = {module: i for i, (_, modules) in enumerate(LAYERS) for module in modules}
