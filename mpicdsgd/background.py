@@ -65,6 +65,7 @@ class Background:
         comm: the agents; duplicated.
         keep: which checkpoints are kept.
         step: of the newest checkpoint that there is already.
+        on_node: agents on this node.
 
     Attributes:
         step: of the newest checkpoint that this rank knows to be there, or None.
@@ -79,8 +80,10 @@ class Background:
         comm: MPI.Intracomm,
         keep: Keep,
         step: int | None = None,
+        on_node: int = 1,
     ) -> None:
         self.step = step
+        self._on_node = on_node
         self.seconds = 0.0
         self._run_dir, self._generation, self._keep = Path(run_dir), generation, keep
         self._comm: MPI.Intracomm = comm.Dup()
@@ -215,7 +218,7 @@ class Background:
             self._process = None
         if self._process is None and not self._cannot:
             try:
-                self._process = WriterProcess()
+                self._process = WriterProcess(self._on_node)
             except OSError as error:
                 self._in_place(f"no process can be started ({error.strerror})")
         return self._process

@@ -100,6 +100,7 @@ class Run:
             agents.comm,
             checkpoint.Keep(config.run.keep, start.periods.keep, self.course.shift),
             snapshot.step if snapshot else None,
+            agents.local_size,
         )
         first = agents.rank == 0
         with agents.agreement("metrics file"):

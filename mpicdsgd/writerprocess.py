@@ -8,6 +8,7 @@ what is to be written lies in an unnamed file in memory that both have mapped.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import mmap
 import os
@@ -24,8 +25,10 @@ from numpy.typing import NDArray
 
 from mpicdsgd import snapshot, stopsignals
 from mpicdsgd.manifest import FileEntry, Place, place_of
+from mpicdsgd.memoryroom import room_bytes
 from mpicdsgd.rankfile import About, Arrays
 
+_SHARE = 0.9  # of the memory that is left, for copies
 _ALIGNED = 64  # bytes: where an array may begin
 # What a batch system or a terminal sends to all processes is for the rank, which stops by itself
 # and waits for its writer; that one ends when the rank does.
@@ -37,11 +40,15 @@ Job = dict[str, Any]
 class WriterProcess:
     """The rank's side of it. All calls are local.
 
+    Args:
+        on_node: how many ranks of this node have one, and make their copies at the same time.
+
     Raises:
         OSError: no process can be started here.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_node: int = 1) -> None:
+        self._on_node = on_node
         self._memory = os.memfd_create("mpicdsgd-checkpoint", os.MFD_CLOEXEC)
         self._map: mmap.mmap | None = None
         self._said = b""
@@ -81,6 +88,8 @@ class WriterProcess:
         if self._map is None or len(self._map) < size:
             if self._map is not None:
                 self._map.close()
+                self._map = None
+            self._make_room(size)
             os.posix_fallocate(self._memory, 0, size)
             self._map = mmap.mmap(self._memory, size)
         for name, array in arrays.items():
@@ -129,6 +138,17 @@ class WriterProcess:
         """End it now, whatever it does."""
         self._process.kill()
         self.close()
+
+    def _make_room(self, size: int) -> None:
+        """Raise OSError where a copy of ``size`` bytes would fill the memory.
+
+        An allocation would not fail, but have the job killed, again after every restart.
+        """
+        more = size - os.fstat(self._memory).st_size
+        left = room_bytes()
+        if left is not None and self._on_node * more > _SHARE * left:
+            sizes = f"{more / 1e6:.0f} MB for each of {self._on_node} on the node"
+            raise OSError(errno.ENOMEM, f"it takes {sizes}, and {left / 1e6:.0f} MB are left")
 
     def _send(self, job: Job) -> None:
         with contextlib.suppress(BrokenPipeError):  # it has ended, as `answer` will say

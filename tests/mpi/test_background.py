@@ -294,7 +294,7 @@ def test_where_no_process_can_be_started(
 ) -> None:
     """That rank writes by itself, says so once, and the others need not know."""
 
-    def refuse() -> None:
+    def refuse(on_node: int) -> None:
         raise OSError(11, "Resource temporarily unavailable")
 
     odd = comm.size // 2

@@ -45,7 +45,7 @@ LAYERS: list[tuple[str, set[str]]] = [
                          "objective", "curvature", "gradientnoise", "minimum"}),
     ("the run", {"config", "runfolder", "owner", "manifest", "rankfile", "inspection",
                  "checkpoint", "state",
-                 "snapshot", "writerprocess", "background", "exporting",
+                 "snapshot", "memoryroom", "writerprocess", "background", "exporting",
                  "record", "comparison", "figures", "graphplot", "graphreport",
                  "graphsuggest", "graphtable", "plots", "progress", "measure",
                  "runconfig", "trace", "minibatch", "stop", "runstart", "standing", "run",
