@@ -189,8 +189,6 @@ class _Memory:
     def arrays(self, about: About, where: dict[str, int]) -> Arrays:
         size = os.fstat(self._handle).st_size
         if self._map is None or len(self._map) != size:
-            if self._map is not None:
-                self._map.close()
             self._map = mmap.mmap(self._handle, size, prot=mmap.PROT_READ)
         return {n: _array(self._map, where[n], spec) for n, spec in about.arrays.items()}
 
