@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
     """The last line of every run's metrics, as a row of the table.
 
     Returns:
-        Of each run its name, agents, epochs; test accuracy: mean and lowest over agents, of the
-        averaged model, of the centre (None where there is none); greatest consensus distance;
-        seconds; bytes that an agent sent, the mean.
+        Of each run its name, agents, epochs; test loss: mean over agents; test accuracy: mean and
+        lowest over agents, of the averaged model, of the centre (None where there is none, and all
+        four in a task without classes); greatest consensus distance; seconds; bytes that an agent
+        sent, the mean.
 
     Raises:
         UserError: a run has no metrics.
@@ -33,10 +35,11 @@ def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
                 "run": run.name,
                 "agents": len(test["agents"]),
                 "epochs": last["epoch"],
-                "mean": test["mean"],
-                "lowest": min(test["agents"]),
-                "averaged": last["averaged_model"]["test_accuracy"],
-                "centre": last["centre"]["test_accuracy"] if "centre" in last else None,
+                "loss": last["test_loss"]["mean"],
+                "mean": _accuracy(test["mean"]),
+                "lowest": _accuracy(min(test["agents"])),
+                "averaged": _accuracy(last["averaged_model"]["test_accuracy"]),
+                "centre": _accuracy(last["centre"]["test_accuracy"]) if "centre" in last else None,
                 "consensus": last["consensus"]["max"],
                 "seconds": last["time_s"],
                 "bytes_sent": last["bytes_sent"],
@@ -49,15 +52,20 @@ def table(rows: list[dict[str, Any]]) -> str:
     """``rows`` of `compare` as text, a line each."""
     width = max(len(row["run"]) for row in rows)
     lines = [
-        f"{'':{width}}         test accuracy                       consensus",
-        f"{'run':{width}}  agents epochs   mean  lowest  average  centre   distance  seconds"
-        "   MB sent per agent",
+        f"{'':{width}}                     test   test accuracy                      consensus",
+        f"{'run':{width}}  agents epochs      loss     mean  lowest  average centre   distance"
+        "  seconds   MB sent per agent",
     ]
     for row in rows:
-        centre = "     -" if row["centre"] is None else f"{row['centre']:.4f}"
+        accuracies = [row[key] for key in ("mean", "lowest", "averaged", "centre")]
+        shown = "  ".join("     -" if a is None else f"{a:.4f}" for a in accuracies)
         lines.append(
-            f"{row['run']:{width}}  {row['agents']:6} {row['epochs']:6g} {row['mean']:.4f}  "
-            f"{row['lowest']:.4f}   {row['averaged']:.4f}  {centre}   {row['consensus']:.2e} "
-            f"{row['seconds']:8.1f}   {row['bytes_sent'] / 1e6:9.1f}"
+            f"{row['run']:{width}}  {row['agents']:6} {row['epochs']:6g} {row['loss']:9.4g}   "
+            f"{shown}   {row['consensus']:.2e} {row['seconds']:8.1f}   "
+            f"{row['bytes_sent'] / 1e6:9.1f}"
         )
     return "\n".join(lines)
+
+
+def _accuracy(value: float) -> float | None:
+    return None if math.isnan(value) else value

@@ -16,7 +16,10 @@ from mpicdsgd.errors import UserError
 
 def graph(arguments: argparse.Namespace) -> int:
     from mpicdsgd import graphreport, graphsuggest, graphtable
+    from mpicdsgd.figures import check_suffix
 
+    if arguments.png:
+        check_suffix(Path(arguments.png))
     question = graphreport.Question(
         parameters=arguments.parameters,
         wire=arguments.wire,

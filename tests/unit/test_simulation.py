@@ -359,8 +359,12 @@ def test_plot_and_compare_take_it(tmp_path: Path) -> None:
     assert (tmp_path / "out.png").stat().st_size > 1000
     rows = compare(runs)
     assert [row["agents"] for row in rows] == [12, 5]
-    assert math.isnan(rows[0]["mean"])
-    assert "nan" in table(rows)
+    assert [rows[0][key] for key in ("mean", "lowest", "averaged", "centre")] == [None] * 4
+    assert math.isfinite(rows[0]["loss"])
+    *_, first, second = table(rows).splitlines()
+    assert first.split()[4:8] == ["-"] * 4
+    assert f"{rows[0]['loss']:.4g}" in first
+    assert second.split().count("-") == 1, "it has classes, and no centre"
 
 
 def test_a_simulation_begins_anew(tmp_path: Path) -> None:
