@@ -5,11 +5,14 @@ Each function takes a case and returns a verdict for each version of its bound.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from mpicdsgd import bounds, minimum, theory
 from mpicdsgd.constants import Found
 from mpicdsgd.errors import UserError
+from mpicdsgd.estimates import BOUND
 from mpicdsgd.matrix import EXACT
 from mpicdsgd.theorycase import FLOAT32, UNKNOWN_STEPS, Case
 from mpicdsgd.verdicts import CORRECTED, PRINTED, Verdict, compare, not_applicable, window_means
@@ -37,12 +40,14 @@ def conditions(case: Case) -> Verdicts:
             largest = 0.0
         detail = "" if largest > 0 else "no step size is admitted by this matrix"
         steps = case.first + np.arange(len(case.alphas))
-        made.append(
-            compare(
-                name, "", steps, case.alphas, np.full(len(steps), largest),
-                resolution=1e-9 * largest, detail=_with(detail, _uncertain(case.found)),
-            )
+        verdict = compare(
+            name, "", steps, case.alphas, np.full(len(steps), largest),
+            resolution=1e-9 * largest, detail=_with(detail, _uncertain(case.found)),
         )  # fmt: skip
+        if verdict.violations and case.found.gamma_m.how.startswith(BOUND):
+            more = "gamma_m is a bound from above, so larger steps may be admitted"
+            verdict = replace(verdict, detail=_with(verdict.detail, more))
+        made.append(verdict)
     return made
 
 

@@ -456,6 +456,16 @@ def test_too_large_a_step(comm: MPI.Intracomm, folder: Path) -> None:
     assert "holds up to" in verdict(report, "gradient at the mean", "")["text"]
 
 
+def test_a_step_too_large_for_a_bound_may_not_be_too_large(
+    comm: MPI.Intracomm, folder: Path
+) -> None:
+    for lr, said in ((50.0, True), (1e-3, False)):
+        train(comm, *LOGISTIC, f"optim.lr={lr}", "run.epochs=2", "run.resume=never")
+        one = verdict(theory(comm), "condition (14)", "")
+        assert (one["verdict"] == "violated") == said
+        assert ("gamma_m is a bound from above, so larger steps" in one["detail"]) == said
+
+
 def report_lowest(n: int) -> float:
     Pi = mixing_from_spec("lazy:metropolis", graph_from_spec("ring", n)).Pi
     return float(np.linalg.eigvalsh(Pi)[0])
