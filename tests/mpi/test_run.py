@@ -519,10 +519,10 @@ def test_going_on_on_another_device_is_said(
 
 
 def test_a_finished_run_stays_as_it_is(comm: MPI.Intracomm, folder: Path) -> None:
-    first = train(comm)._last
+    first = train(comm)._standing.last
     before = state("runs/r", comm), metrics("runs/r", times=True)
     again = train(comm)
-    assert again._last == first
+    assert again._standing.last == first
     assert again.optimizer.steps == 15
     assert (state("runs/r", comm), metrics("runs/r", times=True)) == before
 
