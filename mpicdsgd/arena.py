@@ -205,6 +205,8 @@ class Arena:
         rows["grad"] = addresses
         for name in ("alpha", "decay", "mu", "c_v", "c_g"):
             rows[name] = [getattr(c, name) for c in coefficients]
+        held = np.array([p.requires_grad for p in self.parameters], np.bool_)
+        rows["decay"][(rows["grad"] == 0) & ~held] = 0  # frozen: no part of what is minimised
 
     def mix_only_segments(self) -> NDArray[np.void]:
         """A copy of `segments` without gradients: x <- mix, v kept."""

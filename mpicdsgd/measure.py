@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 
 from mpicdsgd.agents import Agents
-from mpicdsgd.algorithms.settings import OptimConfig
 from mpicdsgd.data import Samples
 from mpicdsgd.evaluate import evaluate
 from mpicdsgd.optim import AgentOptimizer
@@ -59,38 +58,6 @@ class RunningMeans:
     def values(self) -> tuple[float, float]:
         """Mean loss and accuracy. Waits for a GPU."""
         return self.mean_loss(), accuracy(int(self.correct), self.count)
-
-
-class StepTrace:
-    """What the trace keeps of a step beside the pass's own measures. Made before it; local.
-
-    Attributes:
-        penalty: weight decay/2 |x|^2 where the gradient is taken, perhaps a tensor not waited for.
-    """
-
-    @torch.no_grad()
-    def __init__(self, optimizer: AgentOptimizer, config: OptimConfig) -> None:
-        self._arena = optimizer.arena
-        self.penalty: float | torch.Tensor = 0.0
-        if config.weight_decay:
-            held = [p for p in self._arena.parameters if p.requires_grad]
-            squared = torch.stack(torch._foreach_norm(held)).double().square().sum()
-            self.penalty = squared.mul(0.5 * config.weight_decay)
-        # Of other algorithms a step is no gradient step on V, and the copy would be for nothing.
-        self._before = self._now().clone() if config.name in ("cdsgd", "icdsgd") else None
-
-    @torch.no_grad()
-    def moved(self) -> float | torch.Tensor:
-        """|x_k+1 - x_k|^2, once the step is done; NaN with other algorithms than CDSGD."""
-        if self._before is None:
-            return float("nan")
-        norm: torch.Tensor = torch.linalg.vector_norm(
-            self._now() - self._before, dtype=torch.float64
-        )
-        return norm.square()
-
-    def _now(self) -> torch.Tensor:
-        return self._arena.flat[: self._arena.parameters_end]
 
 
 def measure(

@@ -153,7 +153,7 @@ class AgentOptimizer(OpenOptimizer):
         self.stepper.skipped_means_fault = value
 
     def measure(self) -> None:
-        """Have each step from now on measure disagreement and gradient, for `measured`. Local.
+        """Have each step from now on measure itself, for `measured`. Local.
 
         It costs little, and changes no bit of the parameters.
 
@@ -169,7 +169,7 @@ class AgentOptimizer(OpenOptimizer):
         """What the steps since the last call measured, in order; waits for a GPU. Local."""
         self.settle()
         measured, self.stepper.measured = self.stepper.measured, []
-        return [one._replace(gradient=float(one.gradient)) for one in measured]
+        return measured
 
     @property
     def stopping(self) -> bool:

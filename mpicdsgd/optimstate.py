@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn, Self
 
@@ -20,6 +21,15 @@ from mpicdsgd.links.link import Link
 from mpicdsgd.stepper import Stepper
 
 
+def _plain(name: str) -> Any:
+    """A method of torch's Optimizer without its wrapper.
+
+    That imports torch's compiler at the first call, to keep it away from the method: as many files
+    and seconds again as torch itself, on every rank.
+    """
+    return inspect.unwrap(getattr(torch.optim.Optimizer, name))
+
+
 class OpenOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose parameters lie in an arena that neighbours see through an exchange.
 
@@ -30,6 +40,7 @@ class OpenOptimizer(torch.optim.Optimizer):
 
     look_ahead = False  # the arena holds y = x + mu v, a buffer of its own holds x
     has_momentum = False
+    zero_grad = _plain("zero_grad")
 
     def __init__(
         self,
@@ -98,7 +109,7 @@ class OpenOptimizer(torch.optim.Optimizer):
         lr never changed. Look-ahead's x is under "x".
         """
         more = {name: values.clone() for name, values in self.exchange.arrays().items()}
-        return {**super().state_dict(), "agents": {"steps": self.steps, "link": more}}
+        return {**_plain("state_dict")(self), "agents": {"steps": self.steps, "link": more}}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -107,7 +118,9 @@ class OpenOptimizer(torch.optim.Optimizer):
         Load the model's own ``state_dict`` first, as with torch.
         """
         self._require_open()
-        super().load_state_dict(state_dict)  # torch may refuse it: before anything collective
+        _plain("load_state_dict")(
+            self, state_dict
+        )  # torch may refuse it: before anything collective
         self.exchange.withdraw(self.steps)
         self.settle()
         self.arena.repair()
@@ -133,7 +146,7 @@ class OpenOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, making the arena and the exchange anew. Collective."""
         if not hasattr(self, "exchange"):
-            super().add_param_group(param_group)
+            _plain("add_param_group")(self, param_group)
             return
         self._begin()
         momentum = {p: s["v"].clone() for p, s in self.state.items() if "v" in s}
@@ -141,7 +154,7 @@ class OpenOptimizer(torch.optim.Optimizer):
         stop_wanted, steps = self.exchange.stop_wanted, self.steps
         before = self.stepper
         self.close()
-        super().add_param_group(param_group)
+        _plain("add_param_group")(self, param_group)
         self._open(steps)
         for name in ("skipped_means_fault", "measuring", "measured"):
             setattr(self.stepper, name, getattr(before, name))

@@ -83,6 +83,7 @@ class ManyAtATime:
         self._of_all = vmap(loss, in_dims=(0, 0, None, None))
         self._chunk = self._fitting(trial.batch)
         self._segments = np.tile(layout.segments, (self._chunk, 1))
+        self._frozen = [i for i, p in enumerate(layout.parameters) if not p.requires_grad]
         self._rows = list(self._segments)
         self._keep_alive: list[Tensor] = []
 
@@ -98,6 +99,7 @@ class ManyAtATime:
         self._model.train()
         for name in _COEFFICIENTS:
             self._segments[name] = getattr(coefficients, name)
+        self._segments["decay"][:, self._frozen] = 0  # as `arena.Arena.fill_segments` has it
         for agents in self._chunks(range(self._agents), self._chunk):
             for group in take(agents):
                 yield self._part(group)

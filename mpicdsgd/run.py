@@ -16,13 +16,14 @@ from mpicdsgd.algorithms.choose import (
     make_optimizer,
     make_scheduler,
 )
+from mpicdsgd.algorithms.settings import descends
 from mpicdsgd.background import Background
 from mpicdsgd.data.feed import to_device
 from mpicdsgd.errors import UserError
 from mpicdsgd.evaluate import evaluate
 from mpicdsgd.exchange import AgentFault
 from mpicdsgd.links.server import Server
-from mpicdsgd.measure import RunningMeans, StepTrace, accuracy, measure, ratio
+from mpicdsgd.measure import RunningMeans, accuracy, measure, ratio
 from mpicdsgd.minibatch import minibatch_step
 from mpicdsgd.progress import Progress, evaluation, reached
 from mpicdsgd.runconfig import Config
@@ -122,6 +123,7 @@ class Run:
                     agents.generation,
                     snapshot.step if snapshot else None,
                     snapshot.generation if snapshot else None,
+                    knows_moved=descends(config.optim),
                 )
         self._progress = Progress(self.total_steps, first, done=self.optimizer.steps)
 
@@ -227,7 +229,6 @@ class Run:
             self.scheduler.step()
             return
         lr = float(self.optimizer.param_groups[0]["lr"])
-        traced = StepTrace(self.optimizer, self.config.optim) if self._trace is not None else None
         loss, right = minibatch_step(
             self.model,
             self.loss_fn,
@@ -238,8 +239,8 @@ class Run:
             deferred=self._deferred,
         )
         self.scheduler.step()
-        if self._trace is not None and traced is not None:
-            self._trace.add(lr, loss, len(targets), traced.penalty, traced.moved())
+        if self._trace is not None:
+            self._trace.add(lr, loss, len(targets))
         means = self._standing.means
         means.add(loss, right, len(targets))
         self._progress.update(

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from mpicdsgd import config as reading
 from mpicdsgd import native, owner, record
+from mpicdsgd.algorithms.settings import descends
 from mpicdsgd.errors import UserError
 from mpicdsgd.exchange import AgentFault, Fault, Reason
 from mpicdsgd.population import Part, add, no_sums
@@ -124,7 +125,6 @@ class Simulation:
         if stack.mixes_buffers:  # the forward passes write what the first round mixes
             parts = list(parts)
             began = self._spent("gradients", began)
-        penalty, before = self._beside_the_pass()
         stack.begin()
         began = self._spent("updates", began)
         batch = 0
@@ -137,28 +137,19 @@ class Simulation:
             self._stop(Reason.NON_FINITE, int(np.argmin(stack.finite)), stack.steps + 1)
         stack.end()
         if self._trace is not None:
+            unknown = np.full(self._agents, np.nan)
             columns = {
                 "loss": self._losses,
                 "disagreement": stack.disagreement,
                 "gradient": stack.gradient,
                 "batch": np.full(self._agents, float(batch)),
-                "penalty": penalty,
-                "moved": np.full(self._agents, np.nan) if before is None else stack.moved(before),
+                "penalty": stack.penalty,
+                "moved": stack.moved if descends(self.config.optim) else unknown,
             }
             self._traced.append((lr, np.stack([columns[name] for name in SUMS], axis=1)))
         start.hyperparameters.step()
         self._scheduler.step()
         self._progress.update(stack.steps, lambda: f"loss {self._mean_loss():.4f}{self._shown}")
-
-    def _beside_the_pass(self) -> tuple[NDArray[np.float64], torch.Tensor | None]:
-        """What the trace needs of the agents before a step; see `measure.StepTrace`."""
-        if self._trace is None:
-            return np.zeros(self._agents), None
-        optim = self.config.optim
-        penalty = np.zeros(self._agents)
-        if optim.weight_decay:
-            penalty = 0.5 * optim.weight_decay * self.stack.squares()
-        return penalty, self.stack.flat.clone() if optim.name in ("cdsgd", "icdsgd") else None
 
     def _take(self, part: Part) -> None:
         finite = np.isfinite(part.loss)

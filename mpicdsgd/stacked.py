@@ -44,8 +44,8 @@ class Stack:
         flat: float32, shape (N, D), where the models' parameters are.
         v, ahead: likewise, or None.
         bytes_sent: by all agents together, as a job would count them.
-        disagreement, gradient: float64, shape (N,), of this step, as `stepper.Measured` has them;
-            only with ``measuring``.
+        disagreement, gradient, penalty, moved: float64, shape (N,), of this step, as
+            `stepper.Measured` has them; only with ``measuring``.
         finite: bool, shape (N,), whether all that the last pass wrote is.
     """
 
@@ -87,7 +87,7 @@ class Stack:
         self._turn = 0
         self.steps = 0
         self.bytes_sent = 0
-        self.disagreement, self.gradient = np.zeros(n), np.zeros(n)
+        self.disagreement, self.gradient, self.penalty, self.moved = np.zeros((4, n))
         self.finite = np.ones(n, np.bool_)
 
     @property
@@ -104,23 +104,6 @@ class Stack:
     def agents(self) -> int:
         """N."""
         return len(self.flat)
-
-    def squares(self) -> NDArray[np.float64]:
-        """|x_j|^2 of the parameters that are trained, where the models have them, shape (N,)."""
-        layout = self._layout
-        trained = [p.requires_grad for p in layout.parameters]
-        return np.array(
-            [
-                sum(_squares(v) for v, t in zip(layout.views_of(row), trained, strict=False) if t)
-                for row in self.flat
-            ]
-        )
-
-    def moved(self, before: torch.Tensor) -> NDArray[np.float64]:
-        """|x_j - before_j|^2 of the parameters, shape (N,)."""
-        end = self._layout.parameters_end
-        rows = zip(self.flat, before, strict=True)
-        return np.array([_squares(row[:end] - old[:end]) for row, old in rows])
 
     def publish(self) -> None:
         """P <- Q(x), before the first step."""
@@ -150,7 +133,8 @@ class Stack:
         result = self._pass(self._x, z, j, segments, last=True, measure=self._measure)
         self.finite[j] = result.finite
         if self._measure:
-            self.gradient[j] = result.gradient
+            self.gradient[j], self.moved[j] = result.gradient, result.moved
+            self.penalty[j] = 0.5 * result.penalty
             if self._rounds == 1:
                 self.disagreement[j] = 0.5 * result.disagreement
 
@@ -198,10 +182,6 @@ class Stack:
         if self.ahead is not None:
             end = self._layout.parameters_end
             self.ahead[:, end:] = self.flat[:, end:]
-
-
-def _squares(tensor: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64).square())
 
 
 _NONE = np.zeros(0, np.float32)

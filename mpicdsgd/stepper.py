@@ -38,12 +38,26 @@ class Measured(NamedTuple):
             these add up to 1/2 sum_jl Pi[j,l] |x_l - x_j|^2, which for a doubly stochastic Pi is
             |X|^2_(I - Pi) of the paper's V = sum_j f_j + 1/(2 alpha) |X|^2_(I - Pi), eq. (9).
         gradient: |h|^2, h the gradient that is applied, with weight decay; 0 where there was none.
-            Perhaps a tensor of the device, which was not waited for.
+        penalty: P_j = 1/2 sum lambda x^2 where the gradient is taken, lambda the weight decay.
+        moved: |x_(k+1),j - x_k,j|^2 by the pass.
     """
 
     step: int
     disagreement: float
-    gradient: float | torch.Tensor
+    gradient: float
+    penalty: float
+    moved: float
+
+
+class Beside(NamedTuple):
+    """What is measured of a step that was made before the pass, which does not see it.
+
+    Attributes:
+        gradient, penalty: as `Measured` has them, shape (), not waited for.
+    """
+
+    gradient: torch.Tensor
+    penalty: torch.Tensor
 
 
 class _Pass(NamedTuple):
@@ -52,7 +66,7 @@ class _Pass(NamedTuple):
     step: int
     outcome: Outcome
     at_x: Outcome | None = None  # the step's first pass, if it measures
-    gradient: torch.Tensor | None = None  # |h|^2, where the pass does not see the gradient
+    beside: Beside | None = None
 
 
 class Stepper:
@@ -145,13 +159,13 @@ class Stepper:
         segments: NDArray[np.void],
         scale: torch.Tensor | None = None,
         overflow: torch.Tensor | None = None,
-        gradient: torch.Tensor | None = None,
+        beside: Beside | None = None,
     ) -> None:
         """Wait, pass, post: ``rounds`` times; the gradient is applied in the last round.
 
         Args:
             segments, scale, overflow: see `update.Update`.
-            gradient: |h|^2, shape (), where it was applied before and ``segments`` have none.
+            beside: where the gradient was applied before, and ``segments`` have none.
 
         Raises:
             AgentFault: on all agents alike, where the fault known to all is due.
@@ -179,7 +193,7 @@ class Stepper:
         self._was_written()
         self.steps += 1
         at_x = (at_x or outcome) if self.measuring else None
-        self._outcomes.append(_Pass(self.steps, outcome, at_x, gradient))
+        self._outcomes.append(_Pass(self.steps, outcome, at_x, beside))
         self._judge(self._update.lag)
         self._post()
         if self.exchange.fault.step <= self.steps:
@@ -281,13 +295,14 @@ class Stepper:
     def _judge(self, keep: int) -> None:
         """Report what passes found, but for the last ``keep``."""
         while len(self._outcomes) > keep:
-            step, outcome, at_x, gradient = self._outcomes.popleft()
+            step, outcome, at_x, beside = self._outcomes.popleft()
             if at_x is not None:
-                if gradient is None or outcome.skipped():
-                    h: float | torch.Tensor = outcome.gradient()
-                else:
-                    h = gradient
-                self.measured.append(Measured(step - 1, 0.5 * at_x.disagreement(), h))
+                gradient, penalty = outcome.gradient(), 0.5 * outcome.penalty()
+                if beside is not None:
+                    penalty = float(beside.penalty)
+                    gradient = 0.0 if outcome.skipped() else float(beside.gradient)
+                apart = 0.5 * at_x.disagreement()
+                self.measured.append(Measured(step - 1, apart, gradient, penalty, outcome.moved()))
             if not outcome.finite():
                 self.exchange.report(Reason.NON_FINITE, step)
             elif self.skipped_means_fault and outcome.skipped():

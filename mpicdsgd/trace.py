@@ -38,8 +38,6 @@ if TYPE_CHECKING:  # a trace is read without MPI
 
     from mpicdsgd.stepper import Measured
 
-    Number = float | torch.Tensor
-
 # Over agents; lr is the same on all. The later ones a trace may lack.
 SUMS = ("loss", "disagreement", "gradient", "batch", "penalty", "moved")
 _COLUMNS = ("lr", *SUMS)
@@ -121,6 +119,7 @@ class Recorder:
     Args:
         comm: the agents.
         run_dir, generation, resume_step, resume_generation: see `record.Metrics`.
+        knows_moved: whether what a step moved is an M_j of the module.
 
     Raises:
         UserError: the file cannot be written.
@@ -133,27 +132,19 @@ class Recorder:
         generation: int,
         resume_step: int | None = None,
         resume_generation: int | None = None,
+        *,
+        knows_moved: bool = False,
     ) -> None:
-        self._comm = comm
-        self._steps: list[tuple[float, Number, int, Number, Number]] = []
+        self._comm, self._knows_moved = comm, knows_moved
+        self._steps: list[tuple[float, float | torch.Tensor, int]] = []
         self._lines = Lines(run_dir, generation, resume_step, comm.rank == 0, resume_generation)
 
-    def add(
-        self,
-        lr: float,
-        loss: Number,
-        batch: int,
-        penalty: Number = 0.0,
-        moved: Number = math.nan,
-    ) -> None:
+    def add(self, lr: float, loss: float | torch.Tensor, batch: int) -> None:
         """Note a step: its step size, this agent's mean loss and its number of samples. Local.
 
         A tensor, shape (), is not waited for.
-
-        Args:
-            penalty, moved: P_j and M_j of the module.
         """
-        self._steps.append((lr, loss, batch, penalty, moved))
+        self._steps.append((lr, loss, batch))
 
     def flush(self, measured: list[Measured]) -> None:
         """Append the steps since the last flush, on the disk when this returns. Collective.
@@ -167,10 +158,12 @@ class Recorder:
             return
         mine = np.array(
             [
-                (float(f), m.disagreement, float(m.gradient), batch, float(penalty), float(moved))
-                for (_, f, batch, penalty, moved), m in zip(steps, measured, strict=True)
+                (float(f), m.disagreement, m.gradient, batch, m.penalty, m.moved)
+                for (_, f, batch), m in zip(steps, measured, strict=True)
             ]
         )
+        if not self._knows_moved:
+            mine[:, SUMS.index("moved")] = math.nan
         # Not Reduce, whose order, and so the bits, may depend on the number of steps: a restart
         # may flush at other ones.
         everyone = np.empty((self._comm.size, *mine.shape)) if self._comm.rank == 0 else None

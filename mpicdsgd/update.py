@@ -29,6 +29,12 @@ class Outcome(Protocol):
     def gradient(self) -> float:
         """|h|^2 over them, h the gradient with weight decay; likewise."""
 
+    def moved(self) -> float:
+        """|out - what stood there before|^2 over them; likewise."""
+
+    def penalty(self) -> float:
+        """Sum of decay |at|^2 over them; likewise."""
+
 
 class Update(Protocol):
     """One pass over the flat buffers: see `native.update` for what it computes.
@@ -95,6 +101,12 @@ class HostOutcome:
 
     def gradient(self) -> float:
         return self._result.gradient
+
+    def moved(self) -> float:
+        return self._result.moved
+
+    def penalty(self) -> float:
+        return self._result.penalty
 
 
 class HostUpdate:

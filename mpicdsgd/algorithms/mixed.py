@@ -19,6 +19,7 @@ from mpicdsgd.agents import Agents
 from mpicdsgd.arena import Coefficients
 from mpicdsgd.exchange import ExchangeConfig
 from mpicdsgd.optim import AgentOptimizer
+from mpicdsgd.stepper import Beside
 
 
 class Mixed(AgentOptimizer):
@@ -63,6 +64,7 @@ class Mixed(AgentOptimizer):
         """
         self._begin()
         loss = None
+        penalty = self._penalty() if self.stepper.measuring else None
         scale, overflow = self._from_scaler()
         if getattr(self.optimizer, "_step_supports_amp_scaling", False) and overflow is not None:
             inner: Any = self.optimizer
@@ -76,8 +78,8 @@ class Mixed(AgentOptimizer):
             with torch.enable_grad():
                 loss = self.optimizer.step(closure)
         self.arena.require_fresh_gradients()
-        gradient = self._squared_gradient() if self.stepper.measuring else None
-        self.stepper.advance(self._segments(), overflow=overflow, gradient=gradient)
+        beside = None if penalty is None else Beside(self._squared_gradient(), penalty)
+        self.stepper.advance(self._segments(), overflow=overflow, beside=beside)
         return loss
 
     @torch.no_grad()
@@ -140,6 +142,17 @@ class Mixed(AgentOptimizer):
         """|g|^2 of what the optimizer was given; its own weight decay is not known here."""
         gradients = [p.grad.to_dense() for p in self.arena.parameters if p.grad is not None]
         return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+
+    def _penalty(self) -> torch.Tensor:
+        """P_j of `stepper.Measured`, as the parameters are; of a decoupled decay too."""
+        total = torch.zeros((), dtype=torch.float64, device=self.arena.flat.device)
+        for group in self.param_groups:
+            held = [p for p in group["params"] if p.requires_grad and p.numel()]
+            if held and (decay := float(group.get("weight_decay", 0.0))):
+                total += (
+                    0.5 * decay * torch.stack(torch._foreach_norm(held)).double().square().sum()
+                )
+        return total
 
     def _counts_on_device(self, parameter: torch.Tensor) -> bool:
         group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))

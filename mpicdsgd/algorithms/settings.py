@@ -76,6 +76,11 @@ def mixes_by_matrix(config: OptimConfig) -> bool:
     return config.name in BY_MATRIX or ":" in config.name
 
 
+def descends(config: OptimConfig) -> bool:
+    """Whether a step is one of gradient descent on V, arXiv 1706.07880 eq. (7). Local."""
+    return config.name in ("cdsgd", "icdsgd")
+
+
 def uses_graph(config: OptimConfig) -> bool:
     """Whether the algorithm uses the graph's edges. Local."""
     return mixes_by_matrix(config) or config.name in _GOSSIP

@@ -14,6 +14,7 @@ from mpicdsgd.native.reference import SEGMENT, check_layout, check_values
 
 # Tile in kernel.cu.
 TILE = np.dtype([("begin", np.int64), ("length", np.int32), ("segment", np.int32)])
+SUMS = 4  # of a tile, float64
 TILE_ELEMENTS = 4096  # a few packs for each thread, and many more tiles than multiprocessors
 
 KEPT = 4  # layouts: an algorithm's passes alternate between two or three
@@ -132,7 +133,7 @@ class Layouts:
         tiles = cut(segments)
         at_segments = -(-tiles.nbytes // 16) * 16
         at_partial = at_segments + max(len(segments), 1) * SEGMENT.itemsize
-        memory = self._gpu.malloc(at_partial + 16 * len(tiles))
+        memory = self._gpu.malloc(at_partial + 8 * SUMS * len(tiles))
         layout = Layout(memory, memory, memory + at_segments, memory + at_partial, len(tiles))
         return layout, Table(memory, tiles)
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mpicdsgd.agreement import TIMEOUT_S, Patience
 from mpicdsgd.gpu.cuda import Gpu
-from mpicdsgd.gpu.layouts import TILE_ELEMENTS, Layouts, Table
+from mpicdsgd.gpu.layouts import SUMS, TILE_ELEMENTS, Layouts, Table
 from mpicdsgd.native.reference import WIRES
 
 # As in kernel.cu.
@@ -61,7 +61,7 @@ class Outcome:
         self._timeout_s = timeout_s
         self._measured = measured
         self._flags: tuple[bool, bool] | None = None
-        self._sums = float("nan"), float("nan")
+        self._sums = np.full(SUMS, np.nan)
 
     def wait(self) -> None:
         """Wait for the pass, and keep what it left before the next one gets the memory.
@@ -80,8 +80,7 @@ class Outcome:
                     )
             bad, overflow = self._memory[:8].view(np.uint32)
             self._flags = bad == 0, overflow != 0
-            disagreement, gradient = self._memory[8:24].view(np.float64)
-            self._sums = float(disagreement), float(gradient)
+            self._sums = self._memory[8 : 8 + 8 * SUMS].view(np.float64).copy()
 
     def finite(self) -> bool:
         """Whether all that it wrote is finite, also as rounded to the wire."""
@@ -103,11 +102,19 @@ class Outcome:
         """|h|^2 over the segments measured."""
         return self._sum(1)
 
+    def moved(self) -> float:
+        """|out - what stood there before|^2 over them."""
+        return self._sum(2)
+
+    def penalty(self) -> float:
+        """Sum of decay |at|^2 over them."""
+        return self._sum(3)
+
     def _sum(self, which: int) -> float:
         if not self._measured:
             raise ValueError("the pass was not asked to measure: measure=len(segments)")
         self.wait()
-        return self._sums[which]
+        return float(self._sums[which])
 
 
 class _Slot:
@@ -260,7 +267,7 @@ class DeviceUpdate:
             # Tiles lie in the order of their segments.
             tiles = int((-(-segments["length"][:measure] // TILE_ELEMENTS)).sum())
             sums = Partials(layout.partial, tiles, slot.results.ctypes.data + 8)
-            self._gpu.launch("add_partials", 2, THREADS, sums, stream)
+            self._gpu.launch("add_partials", SUMS, THREADS, sums, stream)
         self._gpu.record(slot.event, stream)
         slot.outcome = Outcome(self._gpu, slot.event, slot.results, measure > 0, self._timeout_s)
         self._last = stream, slot.event

@@ -102,8 +102,8 @@ def update(
             stay alive during the call.
         wire: float32, bfloat16 or float16.
         threads: the most threads to use, at least 1.
-        measure: the first so many segments (an arena's parameters) count in ``disagreement`` and
-            ``gradient``; 0: measure nothing.
+        measure: the first so many segments (an arena's parameters) count in the sums of `Result`;
+            0: measure nothing.
 
     Raises:
         ValueError: for an array of the wrong dtype, size or layout, for overlaps, for segments

@@ -1,14 +1,12 @@
 // The binding: checks every argument, then shares the elements out over the threads.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
 
 #include <algorithm>
 #include <cfenv>
 #include <cstdint>
 #include <limits>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #if defined(_OPENMP)
@@ -178,10 +176,8 @@ bool run(const Pass& pass, const Segment* segments, const std::vector<std::int64
   for (std::int64_t share = 0; share < shares; ++share)
     finite = run_share(pass, segments, starts, plan, bound(share), bound(share + 1),
                        parts[std::size_t(share)]) && finite;
-  for (const Sums& part : parts) {
-    sums.apart += part.apart;
-    sums.gradient += part.gradient;
-  }
+  for (const Sums& part : parts)
+    for (double Sums::*sum : SUMS) sums.*sum += part.*sum;
   return finite;
 }
 
@@ -202,7 +198,7 @@ const Isa& isa_by_name(const std::string& name) {
   refuse("isa: '" + name + "' is not to be had here, use 'generic' or '" + best.name + "'");
 }
 
-std::tuple<bool, double, double> update(
+nb::tuple update(
     nb::handle out, nb::handle z, nb::handle at, nb::handle v, nb::handle y, nb::handle p,
     nb::handle q, nb::sequence neighbours, nb::handle weights, nb::handle segments,
     const std::string& wire, int threads, int measure, const std::string& isa_name, int stream) {
@@ -270,7 +266,9 @@ std::tuple<bool, double, double> update(
     nb::gil_scoped_release released;
     finite = run(pass, first, starts, plan, threads, sums);
   }
-  return measure ? std::tuple{finite, sums.apart, sums.gradient} : std::tuple{finite, NONE, NONE};
+  const auto said = [&](double sum) { return measure ? sum : NONE; };
+  return nb::make_tuple(finite, said(sums.apart), said(sums.gradient), said(sums.moved),
+                        said(sums.penalty));
 }
 
 }  // namespace

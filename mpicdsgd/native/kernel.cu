@@ -19,6 +19,7 @@ constexpr int MOST = 8;         // degrees up to here have a kernel of their own
 constexpr int GENERAL = -1;     // the kernel for all others
 constexpr int GROUP = 4;        // of its neighbours at a time
 constexpr int PACK = 4;         // elements of a thread at a time
+constexpr int SUMS = 4;         // that a pass measures: disagreement, gradient, moved, penalty
 
 // What a block works on: part of a segment. begin counts elements of the flat buffers.
 struct Tile {
@@ -43,7 +44,7 @@ struct Arguments {
   const float* weights;
   const float* scale;                // the gradients are divided by it first
   const float* overflow;             // not 0: the gradients count as absent
-  double* partial;                   // each tile's shares of the two sums, side by side
+  double* partial;                   // each tile's shares of the SUMS, side by side
   unsigned* flags;                   // of the host; [0]: not finite, [1]: overflow
   float weight[MOST];
   int degree;
@@ -54,7 +55,7 @@ struct Arguments {
 struct Partials {
   const double* partial;
   long long count;                   // of tiles
-  double* result;                    // of the host: disagreement, squared norm of h
+  double* result;                    // of the host
 };
 
 template <class T> struct Pack;
@@ -96,7 +97,7 @@ template <int WIRE> __device__ __forceinline__ typename Stored<WIRE>::type to_wi
 // What a thread has seen of its elements.
 struct Seen {
   bool bad;
-  double apart, gradient;
+  double apart, gradient, moved, penalty;
 };
 
 // COUNT neighbours' terms of a pack.
@@ -122,7 +123,7 @@ __device__ __forceinline__ void step(const Arguments& a, const Segment& s, const
                                      float inv_scale, long long i, Seen& seen) {
   using T = typename Stored<WIRE>::type;
   constexpr int AT_ONCE = DEGREE == GENERAL ? GROUP : DEGREE;
-  float acc[W], own[W], g[W] = {}, x[W] = {}, new_v[W] = {}, sum[W] = {};
+  float acc[W], own[W], g[W] = {}, x[W] = {}, new_v[W] = {}, sum[W] = {}, before[W] = {};
   T near[AT_ONCE > 0 ? AT_ONCE : 1][W], mine[W] = {};
 
   load(acc, a.z + i);
@@ -132,7 +133,8 @@ __device__ __forceinline__ void step(const Arguments& a, const Segment& s, const
   if (s.own) load(mine, static_cast<const T*>(a.q) + i);
   if (grad) load(g, grad + i);
   if (a.v && (grad || a.y)) load(new_v, a.v + i);
-  if (grad && s.decay != 0.0f) load(x, a.at + i);
+  if ((grad || MEASURE) && s.decay != 0.0f) load(x, a.at + i);
+  if constexpr (MEASURE) load(before, a.out + i);
 
 #pragma unroll
   for (int w = 0; w < W; ++w)
@@ -154,15 +156,17 @@ __device__ __forceinline__ void step(const Arguments& a, const Segment& s, const
     }
   }
   if constexpr (MEASURE)
-    for (int w = 0; w < W; ++w) seen.apart += double(sum[w]);
+    for (int w = 0; w < W; ++w) {
+      seen.apart += double(sum[w]);
+      seen.penalty += double(penalty(s, x[w]));
+    }
 
   if (grad) {
 #pragma unroll
     for (int w = 0; w < W; ++w) {
       const float unscaled_g = unscaled(g[w], inv_scale);
       if constexpr (MEASURE) {
-        const double h = decayed(s, unscaled_g, x[w]);
-        seen.gradient += h * h;
+        seen.gradient += squared(double(decayed(s, unscaled_g, x[w])));
       }
       const float scaled = scaled_gradient(s, unscaled_g, x[w]);
       if (a.v) {
@@ -173,6 +177,8 @@ __device__ __forceinline__ void step(const Arguments& a, const Segment& s, const
     }
     if (a.v) store(a.v + i, new_v);
   }
+  if constexpr (MEASURE)
+    for (int w = 0; w < W; ++w) seen.moved += squared(double(acc[w] - before[w]));
   store(a.out + i, acc);
   T published[W];
 #pragma unroll
@@ -214,7 +220,7 @@ __device__ __forceinline__ void update(const Arguments& a) {
   const bool packs = a.aligned && tile.begin % PACK == 0 && (!grad || first % 16 == 0);
   if (grad) grad -= s.offset;
 
-  Seen seen{false, 0.0, 0.0};
+  Seen seen{};
   const int packed = packs ? tile.length / PACK * PACK : 0;
   for (int i = PACK * int(threadIdx.x); i < packed; i += PACK * THREADS)
     step<WIRE, DEGREE, MEASURE, PACK>(a, s, grad, inv_scale, tile.begin + i, seen);
@@ -223,11 +229,11 @@ __device__ __forceinline__ void update(const Arguments& a) {
 
   if (seen.bad) a.flags[0] = 1;   // the same from whichever thread, and mostly from none
   if constexpr (MEASURE) {
-    const double disagreement = add_up(seen.apart), gradient = add_up(seen.gradient);
-    if (threadIdx.x == 0) {
-      a.partial[2 * (long long)blockIdx.x] = disagreement;
-      a.partial[2 * (long long)blockIdx.x + 1] = gradient;
-    }
+    const double sums[SUMS] = {add_up(seen.apart), add_up(seen.gradient), add_up(seen.moved),
+                               add_up(seen.penalty)};
+    if (threadIdx.x == 0)
+      for (int sum = 0; sum < SUMS; ++sum)
+        a.partial[SUMS * (long long)blockIdx.x + sum] = sums[sum];
   }
 }
 
@@ -256,11 +262,11 @@ MPICDSGD_KERNELS(float32, FLOAT32)
 MPICDSGD_KERNELS(bfloat16, BFLOAT16)
 MPICDSGD_KERNELS(float16, FLOAT16)
 
-// A block for each of the two sums adds up what the tiles left.
+// A block for each of the SUMS adds up what the tiles left.
 extern "C" __global__ void __launch_bounds__(mpicdsgd::THREADS)
     add_partials(const __grid_constant__ mpicdsgd::Partials a) {
   double sum = 0.0;
-  for (long long i = threadIdx.x; i < a.count; i += mpicdsgd::THREADS) sum += a.partial[2 * i + blockIdx.x];
+  for (long long i = threadIdx.x; i < a.count; i += mpicdsgd::THREADS) sum += a.partial[mpicdsgd::SUMS * i + blockIdx.x];
   sum = mpicdsgd::add_up(sum);
   if (threadIdx.x == 0) a.result[blockIdx.x] = sum;
 }

@@ -23,7 +23,11 @@ struct Pass {
 // What a pass that measures adds up of its elements.
 struct Sums {
   double apart, gradient;   // sum_l w_l |p_l - q_|^2 and |h|^2
+  double moved, penalty;    // |out - out before|^2 and decay |at|^2
 };
+
+// In the order in which the caller gets them.
+constexpr double Sums::*SUMS[] = {&Sums::apart, &Sums::gradient, &Sums::moved, &Sums::penalty};
 
 // Updates elements [begin, end) of the flat buffers, all within the segment; true if finite. Adds
 // to the sums if it measures.

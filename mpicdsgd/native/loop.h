@@ -49,7 +49,7 @@ inline bool any(Lanes<Vec>::U x) {
 
 // Sums of so few elements that float32 keeps their digits.
 template <class F> struct Partial {
-  F apart{}, gradient{};
+  F apart{}, gradient{}, moved{}, penalty{};
 };
 
 inline double total(float x) { return x; }
@@ -62,6 +62,8 @@ inline double total(Vec x) {
 template <class F> inline void add(Sums& sums, const Partial<F>& partial) {
   sums.apart += total(partial.apart);
   sums.gradient += total(partial.gradient);
+  sums.moved += total(partial.moved);
+  sums.penalty += total(partial.penalty);
 }
 
 // The results so far of a tile, where the neighbours come in several groups.
@@ -144,19 +146,24 @@ template <int WIRE, int COUNT, bool FIRST, bool LAST, bool MEASURE> class Phase 
   MPICDSGD_INLINE void finish(long long i, F* acc, typename Lanes<F>::U& bad,
                               Partial<F>& sum) const {
     constexpr int W = lanes<F>();
-    F new_v[N] = {};
+    F new_v[N] = {}, x[N] = {};
     if (v && (grad || y)) {
       prefetch(v + i);
       for (int n = 0; n < N; ++n) new_v[n] = load<F>(v + i + n * W);
+    }
+    if (s.decay != 0.0f && (grad || MEASURE)) {
+      for (int n = 0; n < N; ++n) {
+        x[n] = load<F>(at + i + n * W);
+        if constexpr (MEASURE) sum.penalty += penalty(s, x[n]);
+      }
     }
     if (grad) {
       F a[N];
       prefetch(grad + (i - s.offset));
       for (int n = 0; n < N; ++n) {
-        const F x = s.decay != 0.0f ? load<F>(at + i + n * W) : F{};
         const F g = load<F>(grad + (i - s.offset) + n * W);
-        if constexpr (MEASURE) sum.gradient += decayed(s, g, x) * decayed(s, g, x);
-        a[n] = scaled_gradient(s, g, x);
+        if constexpr (MEASURE) sum.gradient += squared(decayed(s, g, x[n]));
+        a[n] = scaled_gradient(s, g, x[n]);
       }
       if (v)
         for (int n = 0; n < N; ++n) {
@@ -169,6 +176,7 @@ template <int WIRE, int COUNT, bool FIRST, bool LAST, bool MEASURE> class Phase 
     }
     for (int n = 0; n < N; ++n) {
       bad |= not_finite(rounded_to_wire<WIRE>(acc[n]));   // what overflows there is lost
+      if constexpr (MEASURE) sum.moved += squared(acc[n] - load<F>(out + i + n * W));
       store(out + i + n * W, acc[n]);
     }
     if (y)

@@ -39,11 +39,15 @@ class Result(NamedTuple):
         finite: whether all that it wrote is finite, also as rounded to the wire.
         disagreement: sum_l w_l |p_l - q_|^2 over the segments measured; NaN if none was asked for.
         gradient: |h|^2 over them, h = g + decay * at, and 0 without a gradient; likewise.
+        moved: |out - what stood there before|^2 over them; likewise.
+        penalty: sum of decay |at|^2 over them, with a gradient or without; likewise.
     """
 
     finite: bool
     disagreement: float
     gradient: float
+    moved: float
+    penalty: float
 
 
 def to_wire(x: NDArray[np.float32], wire: str) -> NDArray[Any]:
@@ -93,7 +97,7 @@ def update(
     if not 0 <= measure <= len(segments):
         raise ValueError(f"measure: 0 to the {len(segments)} segments, got {measure}")
     finite = True
-    disagreement = gradient = 0.0 if measure else float("nan")
+    disagreement = gradient = moved = penalty = 0.0 if measure else float("nan")
     for number, s in enumerate(segments):
         offset, length = int(s["offset"]), int(s["length"])
         g = _gradient(s)
@@ -106,6 +110,7 @@ def update(
                 acc = _mixed(z[i], own, near, weights)
                 if number < measure:
                     disagreement += _apart(own, near, weights)
+                    penalty += float(s["decay"]) * _squared(at[i]) if s["decay"] != 0 else 0.0
                 v_i = None if v is None else v[i]
                 if g is not None:
                     h = g[start:stop] + s["decay"] * at[i] if s["decay"] != 0 else g[start:stop]
@@ -113,13 +118,15 @@ def update(
                         gradient += _squared(h)
                     acc = _stepped(acc, h, v_i, s)
                 ahead = acc if v_i is None else acc + s["mu"] * v_i
+                if number < measure:
+                    moved += _squared(acc - out[i])
             finite = finite and bool(np.isfinite(from_wire(to_wire(acc, wire), wire)).all())
             out[i] = acc
             if y is not None:
                 y[i] = ahead
             if p is not None:
                 p[i] = to_wire(acc, wire)
-    return Result(finite, disagreement, gradient)
+    return Result(finite, disagreement, gradient, moved, penalty)
 
 
 def _mixed(

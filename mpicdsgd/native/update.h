@@ -121,6 +121,10 @@ template <class F> MPICDSGD_FN F looked_ahead(const Segment& s, F acc, F v) {
   return acc + s.mu * v;
 }
 
+// The shares of the other sums, likewise to a tolerance.
+template <class F> MPICDSGD_FN F squared(F x) { return x * x; }
+template <class F> MPICDSGD_FN F penalty(const Segment& s, F at) { return s.decay * (at * at); }
+
 // Lanes that are not finite, as integers that are not zero.
 template <class F> MPICDSGD_FN typename Lanes<F>::U not_finite(F x) {
   using U = typename Lanes<F>::U;

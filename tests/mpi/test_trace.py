@@ -27,6 +27,7 @@ from mpicdsgd.native import reference
 
 STEPS = 6
 FORMS = ["cdsgd", "polyak", "nesterov", "look-ahead"]
+ADAMW_DECAY = 0.01  # of torch.optim.AdamW, if not told: the penalty counts it, the gradient not
 
 
 def rounded(X: NDArray[Any], wire: str) -> NDArray[np.float64]:
@@ -48,9 +49,13 @@ def optimizer(agents: Agents, form: str, **options: Any) -> tuple[Net, Any]:
 
 def check(
     comm: MPI.Intracomm, net: Net, opt: Any, Pi: list[Any], *, wire: str = "float32",
-    decay: float = 0.0, tau: int = 1,
+    decay: float = 0.0, tau: int = 1, own_decay: float | None = None,
 ) -> None:  # fmt: skip
-    """Some steps, each against what was gathered before it; then close. Collective."""
+    """Some steps, each against what was gathered before it; then close. Collective.
+
+    Args:
+        own_decay: of a torch optimizer that makes its step before the pass.
+    """
     for k in range(STEPS):
         opt.zero_grad()
         net.loss(k).backward()
@@ -66,6 +71,12 @@ def check(
         assert found.disagreement == pytest.approx(expected, rel=1e-5, abs=1e-12)
         assert found.gradient == pytest.approx(float(h @ h), rel=1e-5)
         assert found.gradient > 0
+        with opt.evaluating():
+            moved = net.vector().astype(np.float64) - X[comm.rank]
+        assert found.penalty == pytest.approx(0.5 * (own_decay or decay) * float(at @ at), rel=1e-5)
+        if own_decay is None:
+            assert found.moved == pytest.approx(float(moved @ moved), rel=1e-4)
+            assert found.moved > 0
         if comm.size > 1 and len(Pi) == 1:
             assert expected > 1e-6
     assert opt.measured() == []
@@ -87,7 +98,7 @@ def test_any_torch_optimizer(comm: MPI.Intracomm, form: str) -> None:
     """At the x before its own step; the gradient is the one it was given."""
     agents = make_agents(comm, "star")
     net, opt = optimizer(agents, form)
-    check(comm, net, opt, turns_of(agents))
+    check(comm, net, opt, turns_of(agents), own_decay=ADAMW_DECAY)
 
 
 @pytest.mark.parametrize("wire", ["float32", "bfloat16", "float16"])
@@ -107,7 +118,10 @@ def test_on_a_gpu(comm: MPI.Intracomm, form: str, wire: str) -> None:
     options: Any = {} if form == "adamw" else {"weight_decay": 0.3, "rounds": 2}
     net, opt = optimizer(agents, form, exchange=ExchangeConfig(wire=wire), **options)
     decay, tau = options.get("weight_decay", 0.0), options.get("rounds", 1)
-    check(comm, net, opt, turns_of(agents), wire=wire, decay=decay, tau=tau)
+    check(
+        comm, net, opt, turns_of(agents), wire=wire, decay=decay, tau=tau,
+        own_decay=ADAMW_DECAY if form == "adamw" else None,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("device", ["host", "emulated"])
@@ -149,7 +163,7 @@ def test_mixed_buffers_do_not_count(comm: MPI.Intracomm, form: str) -> None:
     agents = make_agents(comm)
     buffer = torch.full((1000,), 10.0 * comm.rank)
     net, opt = optimizer(agents, form, buffers=[buffer])
-    check(comm, net, opt, turns_of(agents))
+    check(comm, net, opt, turns_of(agents), own_decay=ADAMW_DECAY if form == "adamw" else None)
 
 
 @pytest.mark.parametrize("form", [*FORMS, "adamw"])

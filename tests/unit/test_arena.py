@@ -296,6 +296,17 @@ def test_no_gradient_is_address_zero() -> None:
     q.grad = None
     arena.fill_segments(coefficients)
     assert arena.segments["grad"].tolist() == [0, 0, 0]
+    assert arena.segments["decay"][:2].tolist() == pytest.approx([0.2, 2.0])
+
+
+def test_what_is_frozen_is_no_part_of_the_penalty() -> None:
+    p, q = parameter(4), parameter(3)
+    p.requires_grad_(False)
+    q.requires_grad_(False)
+    q.grad = torch.ones(3)  # from before: torch's optimizers apply it still, with decay
+    arena = Arena([p, q])
+    arena.fill_segments([Coefficients(alpha=0.1, decay=0.5)] * 2)
+    assert arena.segments["decay"].tolist() == [0, 0.5]
 
 
 def test_a_gradient_is_fresh_once() -> None:

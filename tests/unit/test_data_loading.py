@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import Subset, TensorDataset
 
-from mpicdsgd.data import DataConfig, load
+from mpicdsgd.data import DataConfig, digits, load
 from mpicdsgd.errors import UserError
 
 HERE = __name__.replace(".", "_") + "_plugin"
@@ -33,7 +33,7 @@ X, Y = np.arange(24.0).reshape(12, 2), np.arange(12) % 3
 DATASET = TensorDataset(torch.tensor(X, dtype=torch.float32), torch.tensor(Y))
 
 
-def test_digits():
+def test_digits(monkeypatch):
     pytest.importorskip("sklearn")
     parts = [load(DataConfig(name="digits"), 0, rank, 5) for rank in range(5)]
     data = parts[0]
@@ -52,6 +52,15 @@ def test_digits():
     expected = (load_digits().images / 16).astype(np.float32)
     assert sorted(rows) == sorted(r.tobytes() for r in expected)
     assert torch.equal(load(DataConfig(name="digits"), 1, 0, 1).test.batch(np.arange(360))[0], x)
+    # As does a scikit-learn that keeps the file elsewhere.
+    monkeypatch.setattr(digits, "FILE", "elsewhere")
+    assert torch.equal(load(DataConfig(name="digits"), 1, 0, 1).test.batch(np.arange(360))[0], x)
+
+
+def test_digits_need_the_package(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"digits.*pip install .mpicdsgd\[demo\]"):
+        load(DataConfig(name="digits"), 0, 0, 1)
 
 
 def test_limits(own):

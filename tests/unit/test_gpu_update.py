@@ -128,7 +128,7 @@ def test_measures_must_be_asked_for(gpu):
     one = DeviceUpdate(gpu, "float32")
     a, _kept = make(np.random.default_rng(0), 10, 1, "float32")
     outcome = start(one, a)
-    for method in (outcome.disagreement, outcome.gradient):
+    for method in (outcome.disagreement, outcome.gradient, outcome.moved, outcome.penalty):
         with pytest.raises(ValueError, match="measure="):
             method()
     one.close()

@@ -164,6 +164,15 @@ def test_what_needs_no_mpi_does_not_start_it() -> None:
     assert loaded_after(code, ("mpi4py.MPI",)) == []
 
 
+def test_a_start_loads_no_compiler_and_no_toolbox(tmp_path: Path) -> None:
+    """Of thousands of ranks each would read as many files again as torch has."""
+    settings = ["data.name=digits", "run.epochs=1", f"run.dir={tmp_path}/run"]
+    (tmp_path / "run.toml").write_text('[model]\nname = "mlp"\n')
+    code = f"from mpicdsgd.cli import main\nmain(['train', '{tmp_path}/run.toml', *{settings!r}])"
+    assert loaded_after(code, ("torch._dynamo", "sympy", "sklearn", "matplotlib", "pandas")) == []
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_a_module_that_starts_mpi_is_seen() -> None:
     """The check above can fail."""
     assert loaded_after("import mpi4py.MPI", ("mpi4py.MPI", "torch")) == ["mpi4py.MPI"]

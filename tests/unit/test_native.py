@@ -182,9 +182,9 @@ def test_threads_and_tiles_do_not_show(wire, degree):
             assert_same_bits(got, want)
 
 
-def sums(a, measure):
-    """Disagreement and |h|^2 of the first segments in float64, and the size of what is added up."""
-    disagreement = size = gradient = 0.0
+def sums(a, written, measure):
+    """The sums of the first segments in float64, and the size of what is added up of the first."""
+    disagreement = size = gradient = moved = penalty = 0.0
     for s in a["segments"][:measure]:
         i = slice(s["offset"], s["offset"] + s["length"])
         own = a["q"][i] if s["own"] else reference.to_wire(a["z"][i], a["wire"])
@@ -196,13 +196,16 @@ def sums(a, measure):
         if s["grad"] and s["length"]:
             h = reference._gradient(s) + float(s["decay"]) * a["at"][i].astype(float)
             gradient += (h**2).sum()
-    return disagreement, gradient, size
+        penalty += float(s["decay"]) * (a["at"][i].astype(float) ** 2).sum()
+        moved += ((written["out"][i].astype(float) - a["out"][i]) ** 2).sum()
+    return reference.Result(True, disagreement, gradient, moved, penalty), size
 
 
-def assert_measured(result, a, measure):
-    disagreement, gradient, size = sums(a, measure)
-    assert abs(result.disagreement - disagreement) <= 1e-6 * size
-    assert result.gradient == pytest.approx(gradient, rel=1e-6)
+def assert_measured(result, a, written, measure):
+    want, size = sums(a, written, measure)
+    assert abs(result.disagreement - want.disagreement) <= 1e-6 * size
+    for name in ("gradient", "moved", "penalty"):
+        assert getattr(result, name) == pytest.approx(getattr(want, name), rel=1e-6), name
 
 
 @settings(max_examples=150, deadline=None)
@@ -219,9 +222,9 @@ def test_what_is_measured(case, measure):
         got = run(function, arguments, case["shift"], measure=measure, **more)
         assert_same_bits(got, want)
         if measure:
-            assert_measured(got[0], arguments, measure)
+            assert_measured(got[0], arguments, want[1], measure)
         else:
-            assert np.isnan([got[0].disagreement, got[0].gradient]).all()
+            assert np.isnan(got[0][1:]).all()
 
 
 @needs_compiled
@@ -235,7 +238,7 @@ def test_what_is_measured_with_threads_and_tiles(wire, degree):
         a = arguments | {"threads": threads}
         got = [run(compiled.update, a, isa=isa, measure=measure) for _ in range(3)]
         assert_same_bits(got[0], want)
-        assert_measured(got[0][0], arguments, measure)
+        assert_measured(got[0][0], arguments, want[1], measure)
         assert got[0][0] == got[1][0] == got[2][0]
 
 
@@ -411,7 +414,7 @@ def test_empty():
     a, _kept = make(np.random.default_rng(0), 0, 3, "float32", lengths=[0, 0])
     assert native.update(**a).finite
     assert native.update(**a | {"segments": np.zeros(0, SEGMENT)}).finite
-    assert native.update(**a, measure=2) == (True, 0.0, 0.0)
+    assert native.update(**a, measure=2) == (True, 0.0, 0.0, 0.0, 0.0)
 
 
 FALLBACK = """

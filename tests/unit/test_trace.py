@@ -36,7 +36,7 @@ def recorder(folder: Path, generation: int = 1, *resume: int) -> Any:
 def fill(one: Any, steps: range) -> None:
     for k in steps:
         one.add(0.5 / (k + 1), 10.0 * k, 4)
-    one.flush([Measured(k, 0.25 * k, 2.0) for k in steps])
+    one.flush([Measured(k, 0.25 * k, 2.0, 0.0, 1.0) for k in steps])
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_tensors_and_what_is_no_number(tmp_path: Path) -> None:
     one = recorder(tmp_path)
     one.add(0.5, torch.tensor(math.nan, dtype=torch.float64), 4)
     one.add(0.5, torch.tensor(2.0, dtype=torch.float64), 4)
-    one.flush([Measured(0, math.inf, torch.tensor(3.0)), Measured(1, 0.0, 0.0)])
+    one.flush([Measured(0, math.inf, 3.0, 0.0, 1.0), Measured(1, 0.0, 0.0, 0.0, 1.0)])
     found = trace.read(tmp_path)
     assert math.isnan(found.loss[0])
     assert (found.loss[1], found.disagreement[0]) == (12.0, math.inf)
@@ -73,17 +73,18 @@ def test_tensors_and_what_is_no_number(tmp_path: Path) -> None:
 
 
 def test_penalty_and_movement(tmp_path: Path) -> None:
-    """Where they are measured; else no penalty, and movement that is not known."""
-    one = recorder(tmp_path)
-    fill(one, range(2))
-    one.add(0.5, 1.0, 4, 0.25, torch.tensor(2.0))
-    one.add(0.5, 1.0, 4, torch.tensor(0.5), math.nan)
-    one.flush([Measured(k, 0.0, 2.0) for k in (2, 3)])
-    one.close()
-    found = trace.read(tmp_path)
-    assert found.penalty.tolist() == [0, 0, 1.5, 3]
-    assert found.moved[2] == 12
-    assert np.isnan(found.moved[[0, 1, 3]]).all()
+    """What a step moved is known of CDSGD alone."""
+    for knows in (False, True):
+        folder = tmp_path / str(knows)
+        folder.mkdir()
+        one = Recorder(Comm(), folder, 1, knows_moved=knows)  # type: ignore[arg-type]
+        for _ in range(2):
+            one.add(0.5, 1.0, 4)
+        one.flush([Measured(0, 0.0, 2.0, 0.25, 2.0), Measured(1, 0.0, 2.0, 0.5, 0.0)])
+        one.close()
+        found = trace.read(folder)
+        assert found.penalty.tolist() == [1.5, 3]
+        assert found.moved.tolist() == [12, 0] if knows else np.isnan(found.moved).all()
 
 
 def test_a_trace_of_before_has_neither(tmp_path: Path) -> None:
