@@ -9,7 +9,10 @@ averaged every 4 steps, gradients never), and Decent-DP's two ways to meet one p
 one process a rank, in turn, in every round. Wall time is the slowest rank's, CPU time the ranks'
 mean, of all their threads.
 
-    python bench/step.py [--ranks 2,4] [--models layer,mlp,cnn] [--quick] [--out FILE]
+With --measuring only what run.theory = true adds to ours, direct: a step that measures itself
+beside one that does not. The losses stay the same.
+
+    python bench/step.py [--measuring] [--ranks 2,4] [--models layer,mlp,cnn] [--quick] [--out FILE]
     mpiexec -n 4 python bench/step.py ...
 """
 
@@ -54,6 +57,7 @@ WITHOUT_DECENT = "not installed: pip install --no-deps decent-dp==0.2.3 loguru"
 CNN_BATCH = 128
 MODELS = ("layer", "mlp", "cnn")
 LAYER_GOAL = 1.03  # direct over local, wall
+MEASURING, MEASURING_GOAL = "ours, direct, measuring", 1.02  # over direct, wall and CPU
 CNN_GOALS = {DIRECT: 1.02, NEIGHBOR: 1.06}  # over local, CPU
 
 
@@ -112,13 +116,15 @@ class Makers:
         optimizer = sgd(model.parameters(), **more)
         return Trainer(model, self._batch, optimizer.zero_grad, optimizer.step)
 
-    def ours(self, way: str, agents: Any) -> Trainer:
+    def ours(self, way: str, agents: Any, *, measuring: bool = False) -> Trainer:
         model = self.model()
         config = mpicdsgd.ExchangeConfig(transport=way, timeout_s=120.0)
         optimizer = mpicdsgd.CDMSGD(
             model.parameters(), LR, MU, nesterov=True, agents=agents, exchange=config
         )
         self.closing.append(optimizer.close)
+        if measuring:
+            optimizer.measure()
         return Trainer(model, self._batch, optimizer.zero_grad, optimizer.step,
                        lambda: contenders.at_rest(optimizer))  # fmt: skip
 
@@ -150,6 +156,12 @@ class Makers:
 
         return Trainer(model, self._batch, model.zero_grad, None, wait)
 
+    def measuring(self) -> dict[str, Trainer]:
+        return {
+            DIRECT: self.ours("direct", self._agents),
+            MEASURING: self.ours("direct", self._agents, measuring=True),
+        }
+
     def all(self) -> dict[str, Trainer]:
         made = {LOCAL: self.local(), f"{LOCAL}, fused=True": self.local(fused=True)}
         for name, way in {DIRECT: "direct", NEIGHBOR: "neighbor"}.items():
@@ -164,7 +176,7 @@ class Makers:
 
 
 def measure(
-    agents: Any, make: Callable[[], torch.nn.Module], batch: Any, rounds: int
+    agents: Any, make: Callable[[], torch.nn.Module], batch: Any, rounds: int, measuring: bool
 ) -> tuple[contenders.Times, dict[str, float]]:
     """Seconds per step of everything in every round; last losses, the mean over agents. Collective.
 
@@ -172,7 +184,7 @@ def measure(
         RuntimeError: on every rank, where a loss is not finite.
     """
     makers = Makers(agents, make, batch)
-    trainers = makers.all()
+    trainers = makers.measuring() if measuring else makers.all()
     turns = {name: Contender(one.step, one.rest) for name, one in trainers.items()}
     times = contenders.take_turns(agents.comm, turns, rounds, STEPS)
     losses = [float(one.loss) for one in trainers.values()]
@@ -200,6 +212,10 @@ def checks_of(
             value = common.ratio(seconds[over], seconds[under])
             checks.append(common.check(name, value, goal, at_most=at_most, judged=judged))
 
+    if MEASURING in times.wall:
+        for cpu in (False, True):
+            compare(MEASURING, DIRECT, MEASURING_GOAL, cpu=cpu, at_most=True)
+        return checks
     compared = [name for name in times.wall if name != LOCAL]
     for name in compared:
         goal = LAYER_GOAL if is_layer and name == DIRECT else None
@@ -253,7 +269,7 @@ def job(args: argparse.Namespace, size: int, rounds: int) -> common.Record:
         if model not in args.models.split(","):
             continue
         sizes[model], batches[model] = sum(p.numel() for p in make().parameters()), len(batch[0])
-        times, last = measure(agents, make, batch, rounds)
+        times, last = measure(agents, make, batch, rounds, args.measuring)
         where = f"{model}, {agents.size} ranks"
         for name, wall in times.wall.items():
             row = common.spread(wall)
@@ -287,12 +303,15 @@ def main() -> int:
         help="parameters of the layer, 25e6; the MLP has 0.4 of it",
     )
     parser.add_argument("--models", default=",".join(MODELS), help="default: %(default)s")
+    parser.add_argument("--measuring", action="store_true", help="only run.theory = true's part")
     contenders.add_arguments(parser, "step")
     args = parser.parse_args()
+    args.name = "step-measuring" if args.measuring else "step"
     if unknown := set(args.models.split(",")) - set(MODELS):
         parser.error(f"--models: {', '.join(unknown)}: known are {', '.join(MODELS)}")
+    rounds = 2 if args.quick else 31 if args.measuring else 11
     size = args.size or (2_000_000 if args.quick else 25_000_000)
-    return contenders.run(args, lambda: job(args, size, 2 if args.quick else 11))
+    return contenders.run(args, lambda: job(args, size, rounds))
 
 
 if __name__ == "__main__":

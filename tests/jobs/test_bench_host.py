@@ -96,3 +96,12 @@ def test_step_in_a_job(run: Run, tmp_path: Path) -> None:
         "cnn, 2 ranks: ours, direct over local, CPU": 1.02,
         "cnn, 2 ranks: ours, neighbor over local, CPU": 1.06,
     } | {f"layer, 2 ranks: {w} over ours, direct, wall": 1.0 for w in ways if w[0] == "D"}
+
+
+def test_a_step_that_measures(run: Run, tmp_path: Path) -> None:
+    options = ("--measuring", "--size", "9000", "--models", "mlp")
+    record = record_of(run, tmp_path / "record.json", 2, "step", *options)
+    ways = [f"mlp, 2 ranks: ours, direct{more}" for more in ("", ", measuring")]
+    assert list(record["results"]) == ways
+    assert record["losses"][ways[0]] == record["losses"][ways[1]], "it changes no bit"
+    assert [check["goal"] for check in record["checks"]] == [1.02, 1.02]

@@ -41,16 +41,17 @@ schedule = "cosine"
 
 
 class Cluster:
-    """Slurm as up.sh started it, and a checkout to submit from: ``work``, where jobs/ is.
+    """Slurm as up.sh started it, and a checkout to submit from: ``work``, with jobs/ and bench/.
 
     Args:
         folder: given to up.sh.
-        work: where jobs run, with r.toml and jobs/.
+        work: where jobs run, with r.toml, jobs/ and bench/.
     """
 
     def __init__(self, folder: Path, work: Path) -> None:
         self.folder, self.work = folder, work
-        (work / "jobs").symlink_to(ROOT / "jobs")
+        for folder_name in ("jobs", "bench"):
+            (work / folder_name).symlink_to(ROOT / folder_name)
         (work / "r.toml").write_text(CONFIG)
         for launcher in ("srun --mpi=pmi2", "srun --mpi=none", "mpirun"):
             lines = [f"launcher=({launcher})", f'PATH="{Path(sys.executable).parent}:$PATH"']

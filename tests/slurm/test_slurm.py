@@ -159,6 +159,22 @@ def test_a_sweep(cluster: Cluster) -> None:
         assert f"\nseed = {k - 1}\n" in (cluster.work / f"sweep/{k}/config.g0001.toml").read_text()
 
 
+@pytest.mark.parametrize("launcher", ["srun --mpi=pmi2", "mpirun"])
+def test_scaling(cluster: Cluster, launcher: str) -> None:
+    """Of its two nodes it uses one, then both."""
+    out = f"scaling-{launcher.split()[0]}.json"
+    small = ("--quick", "--model", "mlp", "--transports", "neighbor", "--out", out)
+    command = ("--ntasks-per-node=1", "jobs/scaling.sbatch", "1 2", *small)
+    batch = cluster.submit("-N2", *command, launcher=launcher)
+    batch.wait()
+    log = batch.log()
+    assert "N=1 measured\nN=2 measured\n" in log
+    record = json.loads((cluster.work / out).read_text())
+    agents = {row["agents"] for row in record["results"].values()}
+    assert agents == {1, 2}
+    assert {row["agents"] for row in record["memory"].values()} == {1, 2}
+
+
 def test_submit(cluster: Cluster, whole: Whole) -> None:
     """The script lies in the run's folder, beside its log."""
     site = f"--site={cluster.site()}"
