@@ -6,6 +6,7 @@ of the model's tensors lies.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -171,5 +172,6 @@ def _save(out: Path, tensors: Arrays, about: dict[str, str]) -> None:
         save(tensors, str(temporary), metadata=about)
         temporary.replace(out)
     except Exception as error:  # safetensors has an exception of its own
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {out}: {reason(error)}") from None

@@ -137,9 +137,13 @@ def claim(run_dir: Path, heir_of: int | None = None) -> Owner:
             owner = Owner(run_dir, newest + 1, about)
             sync_folder(run_dir)
             return owner
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         in_the_way = isinstance(error, NotADirectoryError)
         other = "another folder" if in_the_way else "a folder that you may write"
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            other = "a folder on a disk with room, or make some"
         raise UserError(
             f"run folder {run_dir} cannot be made or written ({reason(error)}): set run.dir to "
             f"{other}"

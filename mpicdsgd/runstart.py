@@ -37,6 +37,7 @@ from mpicdsgd.stop import remove_marker
 log = logging.getLogger("mpicdsgd")
 
 _FORMAT = 1  # of a checkpoint's contents, raised when a restart needs other ones
+_KEPT = ("keep_every", "checkpoint_every")
 
 
 class Periods(NamedTuple):
@@ -146,6 +147,12 @@ def prepare(config: Config, comm: MPI.Intracomm, inherited: Inherited | None = N
             "keep_every": config.run.keep_every,
         }
         periods = Periods(*(every(*text, shuffler.steps_per_epoch) for text in texts.items()))
+        if periods.keep and agents.rank == 0 and (not periods.save or periods.keep % periods.save):
+            log.warning(
+                'run.keep_every = "%s" keeps only what run.checkpoint_every = "%s" writes: make it '
+                "a multiple of that",
+                *(texts[key] for key in _KEPT),
+            )
     state.seed_generators(seed, 0 if config.agents.init == "broadcast" else agents.rank + 1)
     with agents.agreement("model"):
         model = models.build(config.model, data.input_shape, data.classes)

@@ -58,7 +58,7 @@ while kill -0 "$pid" 2>/dev/null; do # a trap ended the wait, not the run
 done
 if [ -e "$dir/requeue.json" ]; then
     case $(squeue -h -j "$SLURM_JOB_ID" -o '%T %r') in
-    "COMPLETING None") echo "cancelled: it is not sent back" ;; # at the limit: COMPLETING TimeLimit
+    "COMPLETING None") echo "ended by Slurm: not sent back from here" ;; # not by TimeLimit
     *)
         echo "back to the queue: $(cat "$dir/requeue.json")"
         scontrol requeue "$SLURM_JOB_ID"

@@ -527,6 +527,15 @@ def test_a_finished_run_stays_as_it_is(comm: MPI.Intracomm, folder: Path) -> Non
     assert (state("runs/r", comm), metrics("runs/r", times=True)) == before
 
 
+def test_keeping_what_is_never_written_is_said(
+    comm: MPI.Intracomm, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for keep, said in (("10 steps", comm.rank == 0), ("14 steps", False)):
+        caplog.clear()
+        train(comm, "run.checkpoint_every=7 steps", f"run.keep_every={keep}", f"run.dir={keep}")
+        assert ("run.keep_every" in caplog.text) == said
+
+
 def test_more_epochs_later(comm: MPI.Intracomm, folder: Path) -> None:
     train(comm, "run.dir=whole")
     train(comm, "run.dir=left", "run.epochs=1")

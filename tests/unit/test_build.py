@@ -104,7 +104,7 @@ def pip_wheel(source, folder, environment):
     done = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-deps", "--no-build-isolation",
          "--no-index", "--disable-pip-version-check", "-w", str(folder), str(source)],
-        env=dict(environment), capture_output=True, text=True, timeout=280, check=False,
+        env=dict(environment), capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = folder.glob("mpicdsgd-*.whl")

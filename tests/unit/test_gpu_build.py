@@ -128,6 +128,7 @@ def test_accesses_are_wide_and_many_at_a_time(compiled, arch):
 @needs_nvcc
 @needs("cuobjdump")
 @needs_cmake
+@pytest.mark.timeout(960)
 def test_wheel_holds_the_kernels(tmp_path, monkeypatch):
     """For all GPUs, under a name that says which sources they are from; and the sources too."""
     wheel = pip_wheel(copy_source(tmp_path), tmp_path, os.environ)[0]

@@ -120,10 +120,12 @@ def test_a_marker_sends_it_back_and_an_old_one_does_not(folder: Path) -> None:
     back = "back to the queue: {}\nscontrol requeue 7\n"
     assert ends(write, "RUNNING None") == (80, back)
     assert ends(write, "COMPLETING TimeLimit") == (80, back)
-    assert ends(write, "COMPLETING None") == (80, "cancelled: it is not sent back\n")
+    assert ends(write, "COMPLETING None") == (80, "ended by Slurm: not sent back from here\n")
     assert ends("exit 2", "RUNNING None") == (2, ""), "the marker is of the start before"
     # A signal of the batch shell reaches the launcher, whose code counts.
-    forwarded = f'trap "{write}" USR1; kill -USR1 $PPID; sleep 9 & wait'
+    moment = "/bin/sleep 0.3"  # "sleep" is none here
+    wait = f"for _ in $(seq 99); do {moment}; done"
+    forwarded = f'trap "{write}" USR1; {moment}; kill -USR1 $PPID; {wait}'
     assert ends(forwarded, "RUNNING None") == (80, back)
 
 
