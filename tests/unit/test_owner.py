@@ -114,7 +114,8 @@ def test_claim_where_a_file_is_in_the_way(tmp_path: Path) -> None:
 
 
 def test_a_living_owner_is_named(tmp_path: Path, other: subprocess.Popen[str]) -> None:
-    with pytest.raises(UserError, match=f"^run folder [^(]* is in use by process {other.pid} on .*generation 1, since"):
+    who = f"^run folder [^(]* is in use by process {other.pid} on .*generation 1, since"
+    with pytest.raises(UserError, match=who):
         owner.claim(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["generation-0001"]
 

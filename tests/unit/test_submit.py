@@ -63,6 +63,19 @@ def test_the_script_of_jobs_does_the_same() -> None:
     assert "#SBATCH --requeue\n#SBATCH --open-mode=append\n#SBATCH --signal=B:USR1@120\n" in text
 
 
+@pytest.mark.parametrize("given", [(), ("r.toml",), ("r.toml", "run.epochs=5")])
+def test_a_forgotten_folder_is_no_override(folder: Path, given: tuple[str, ...]) -> None:
+    (folder / "site.sh").write_text("launcher=(touch started)\n")
+    done = subprocess.run(
+        ["bash", str(ROOT / "jobs" / "requeue.sbatch"), *given],
+        env={**os.environ, "MPICDSGD_SITE": str(folder / "site.sh")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "RUN_DIR is missing: sbatch jobs/requeue.sbatch RUN.toml RUN_DIR" in done.stderr
+    assert not (folder / "started").exists()
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.sbatch")), ids=lambda p: p.name)
 def test_scripts_are_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 40
