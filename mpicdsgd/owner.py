@@ -130,10 +130,14 @@ def claim(run_dir: Path, heir_of: int | None = None) -> Owner:
                 handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
             except FileExistsError:  # somebody was faster, and is to be judged
                 continue
-            with os.fdopen(handle, "wb") as file:
-                file.write(_text(about))
-                file.flush()
-                os.fsync(file.fileno())
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(_text(about))
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError:  # nobody is to wait for an owner that never was
+                path.unlink(missing_ok=True)
+                raise
             owner = Owner(run_dir, newest + 1, about)
             sync_folder(run_dir)
             return owner

@@ -37,7 +37,6 @@ from mpicdsgd.stop import remove_marker
 log = logging.getLogger("mpicdsgd")
 
 _FORMAT = 1  # of a checkpoint's contents, raised when a restart needs other ones
-_KEPT = ("keep_every", "checkpoint_every")
 
 
 class Periods(NamedTuple):
@@ -151,7 +150,8 @@ def prepare(config: Config, comm: MPI.Intracomm, inherited: Inherited | None = N
             log.warning(
                 'run.keep_every = "%s" keeps only what run.checkpoint_every = "%s" writes: make it '
                 "a multiple of that",
-                *(texts[key] for key in _KEPT),
+                config.run.keep_every,
+                config.run.checkpoint_every,
             )
     state.seed_generators(seed, 0 if config.agents.init == "broadcast" else agents.rank + 1)
     with agents.agreement("model"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +60,7 @@ def folder(shared_folder: Path) -> Path:
 
 @pytest.mark.parametrize("buffers", ["local", "mixed"])
 def test_it_is_the_model_that_was_evaluated(
-    comm: MPI.Intracomm, folder: Path, buffers: str
+    comm: MPI.Intracomm, folder: Path, buffers: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if comm.rank == 0:
         Path("r.toml").write_text(CONFIG)
@@ -70,6 +72,14 @@ def test_it_is_the_model_that_was_evaluated(
     out = folder / f"{comm.rank}.safetensors"
     with pytest.raises(UserError, match=f"agents 0 to {comm.size - 1}"):
         export(Path("r"), out, agent=comm.size)
+    with monkeypatch.context() as read_only:
+
+        def unlink(path: Path, missing_ok: bool = False) -> None:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+        read_only.setattr(Path, "unlink", unlink)
+        with pytest.raises(UserError, match=r"^cannot write /proc/nowhere\.safetensors: "):
+            export(Path("r"), Path("/proc/nowhere.safetensors"))
     done = export(Path("r"), out, agent=comm.rank)
     assert (done["agents"], done["skipped"]) == (comm.size, [])
     # After `train` the model of an agent with look-ahead holds x + mu v: its x is what counts.

@@ -405,6 +405,8 @@ def test_the_trace(comm: MPI.Intracomm, folder: Path, overrides: tuple[str, ...]
     expected = np.array(comm.allgather([value for value, _ in losses])).sum(axis=0)
     assert found.loss == pytest.approx(expected, rel=1e-12)
     assert found.gradient.min() > 0
+    descends = run.config.optim.name in ("cdsgd", "icdsgd")
+    assert (np.isfinite(found.moved) if descends else np.isnan(found.moved)).all()
     assert found.lr[0] == run.config.optim.lr
     assert (found.lr[14] < found.lr[0]) == (run.config.optim.schedule != "fixed")
     if comm.size == 1:

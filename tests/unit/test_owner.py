@@ -5,6 +5,7 @@ Other owners are processes that this file starts, or claims as another host woul
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -111,6 +112,21 @@ def test_claim_where_a_file_is_in_the_way(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"cannot be made or written .*run\.dir") as caught:
             owner.claim(run)
         assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_is_said_and_leaves_no_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as full:
+
+        def fsync(file: int) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        full.setattr(os, "fsync", fsync)
+        with pytest.raises(UserError, match=r"No space left on device.*with room, or make some"):
+            owner.claim(tmp_path)
+    assert os.listdir(tmp_path) == []
+    assert owner.claim(tmp_path).generation == 1
 
 
 def test_a_living_owner_is_named(tmp_path: Path, other: subprocess.Popen[str]) -> None:

@@ -65,15 +65,21 @@ def test_the_script_of_jobs_does_the_same() -> None:
 
 @pytest.mark.parametrize("given", [(), ("r.toml",), ("r.toml", "run.epochs=5")])
 def test_a_forgotten_folder_is_no_override(folder: Path, given: tuple[str, ...]) -> None:
-    (folder / "site.sh").write_text("launcher=(touch started)\n")
-    done = subprocess.run(
-        ["bash", str(ROOT / "jobs" / "requeue.sbatch"), *given],
-        env={**os.environ, "MPICDSGD_SITE": str(folder / "site.sh")},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    (folder / "site.sh").write_text("launcher=(bash -c 'touch started')\n")
+
+    def requeue(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", str(ROOT / "jobs" / "requeue.sbatch"), *words],
+            env={**os.environ, "MPICDSGD_SITE": str(folder / "site.sh")},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    done = requeue(*given)
     assert done.returncode == 2
     assert "RUN_DIR is missing: sbatch jobs/requeue.sbatch RUN.toml RUN_DIR" in done.stderr
     assert not (folder / "started").exists()
+    assert requeue("r.toml", "runs/lr=0.1").returncode == 0
+    assert (folder / "started").exists()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.sbatch")), ids=lambda p: p.name)
