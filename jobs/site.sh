@@ -12,7 +12,7 @@
 
 # Started by Slurm (pmi2 for MPICH, Intel MPI and the mpich wheel; pmix for Open MPI) ...
 launcher=(srun --mpi=pmi2)
-# ... or by MPI itself, which asks Slurm where:
+# ... or by MPI itself, which asks Slurm where (the mpich wheel over InfiniBand: docs/slurm.md):
 #   launcher=(mpirun)
 
 # Where mpicdsgd is installed. On many nodes better on their own disks than on a shared one, sent there

@@ -7,6 +7,8 @@ spawned worker processes) does not start it.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import mpicdsgd.network  # noqa: F401 - before anything starts MPI
+
 if TYPE_CHECKING:
     from mpicdsgd.agents import Agents as Agents
     from mpicdsgd.algorithms import CDMSGD as CDMSGD

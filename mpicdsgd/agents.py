@@ -16,7 +16,7 @@ import torch
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from mpicdsgd import native, shutdown
+from mpicdsgd import native, network, shutdown
 from mpicdsgd.agreement import TIMEOUT_S, agreement, collect, require_same
 from mpicdsgd.cycle import Mixing, MixingCycle
 from mpicdsgd.errors import UserError
@@ -126,6 +126,8 @@ class Agents:
         self.device = torch.device("cpu") if self.gpu is None else self.gpu.torch_device
         fallbacks = collect(self.comm, "the update kernel", native.fallback(), timeout_s)
         if self.rank == 0:
+            if network.REMARK:
+                log.warning("%s", network.REMARK)
             for text in sorted({text for text in fallbacks if text}):
                 ranks = [rank for rank, other in enumerate(fallbacks) if other == text]
                 log.warning("%s (ranks %s)", text, ", ".join(map(str, ranks)))

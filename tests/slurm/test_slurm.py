@@ -41,6 +41,25 @@ def came_back(cluster: Cluster, batch: Batch, whole: Whole, run: str, why: str) 
     same_run(whole(2), cluster.work / run, 2)
 
 
+# Free memory of every size, each piece followed by bytes that are not zero.
+HOLES = """
+import ctypes, os
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+holes = []
+for size in [s for s in range(24, 1200, 16) for _ in range(64)]:
+    holes.append(libc.malloc(size))
+    ctypes.memset(libc.malloc(6000), 0x5A, 6000)
+for hole in holes:
+    libc.free(hole)
+import mpicdsgd
+from mpi4py import MPI
+assert MPI.COMM_WORLD.allreduce(1) == 2
+print(os.environ["MPIR_CVAR_CH4_NETMOD"])
+"""
+
+
 @pytest.mark.parametrize("nodes", [2, 4])
 @pytest.mark.parametrize("launcher", ["srun --mpi=pmi2", "mpirun"])
 def test_a_run_over_nodes(
@@ -51,7 +70,15 @@ def test_a_run_over_nodes(
     batch = cluster.submit(f"-N{nodes}", *command, launcher=launcher)
     about = batch.wait()
     assert about["NumNodes"] == str(nodes)
+    assert ("MPICH uses its network ofi" in batch.log()) == launcher.startswith("srun")
     same_run(whole(nodes), cluster.work / run, nodes)
+
+
+def test_memory_that_does_not_compress(cluster: Cluster) -> None:
+    """ucx sends the memory behind its addresses, more than Slurm reads of a request."""
+    srun = ("srun", "--mpi=pmi2", "-N2", "--ntasks-per-node=1")
+    said = cluster.call(*srun, "timeout", "-s", "KILL", "30", "python", "-c", HOLES)
+    assert sorted(said.split()) == ["ofi", "ofi"]
 
 
 def test_ranks_that_do_not_find_each_other(cluster: Cluster) -> None:

@@ -21,7 +21,7 @@ LAYERS: list[tuple[str, set[str]]] = [
                                 "schedule", "theory", "bounds", "fastestmixing",
                                 "extremes", "estimates", "verdicts", "course", "elastic"}),
     ("users' files and names", {"userfiles", "_read_hdf5", "graphfiles", "matrixfiles", "specs",
-                                "plugins", "stopsignals", "remaining"}),
+                                "plugins", "stopsignals", "remaining", "network"}),
     ("machinery", {"native", "native.reference", "native.dispatch", "native._native", "shutdown",
                    "agreement", "family", "agents", "arena", "exchange", "exchange.errors",
                    "exchange.header", "exchange.helper", "exchange.memory", "exchange.messages",
