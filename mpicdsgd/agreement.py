@@ -35,6 +35,12 @@ class Disagreement(RuntimeError):
     """Ranks came to different collective calls, or some came to none."""
 
 
+class Silence(Disagreement):
+    """Some came to none within the timeout."""
+
+    of_another = True
+
+
 def collect(comm: MPI.Intracomm, name: str, text: str, timeout_s: float = TIMEOUT_S) -> list[str]:
     """Every rank's ``text``, cut at 900 bytes, by rank. Collective; ``name`` must be the same.
 
@@ -118,12 +124,12 @@ class Patience:
 
 
 def wait_for(request: Testable, timeout_s: float, who: str) -> None:
-    """Complete ``request``, or raise `Disagreement` after ``timeout_s``."""
+    """Complete ``request``, or raise `Silence` after ``timeout_s``."""
     patience = Patience(timeout_s)
     try:
         while not request.Test():
             if not patience.pause():
-                raise Disagreement(
+                raise Silence(
                     f"{who}: waited {timeout_s:g} s for the other ranks; did one leave, or not "
                     "come to this call?"
                 )

@@ -12,20 +12,17 @@ import logging
 import os
 import signal
 import sys
-import threading
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
-from mpicdsgd import __version__, launch, looking, stopsignals
+from mpicdsgd import __version__, ending, looking, running
 from mpicdsgd.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in ``argv``; returns the exit code. ``train`` is collective."""
     code = _main(argv)
-    if _started():
+    if ending.started():
         from mpicdsgd import shutdown
 
         shutdown.leave(code)
@@ -39,170 +36,28 @@ def _main(argv: Sequence[str] | None) -> int:
         if not hasattr(arguments, "overrides") or any(text.startswith("-") for text in rest):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         arguments.overrides += rest
-    logging.basicConfig(format="%(message)s", level=logging.INFO if _first() else logging.WARNING)
+    logging.basicConfig(
+        format="%(message)s", level=logging.INFO if ending.first() else logging.WARNING
+    )
     try:
         code: int = arguments.run(arguments)
         return code
     except UserError as error:
-        return _mistake(error)
+        return ending.mistake(error)
     except KeyboardInterrupt:
         # It comes twice, from the terminal and from the launcher.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        return _interrupted()
+        return ending.interrupted()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-
-
-def _mistake(error: UserError) -> int:
-    """Print ``error`` once; if only this rank has it, end the others too, with the same code."""
-    if not _started():
-        print(f"mpicdsgd: {error}", file=sys.stderr)
-        return 2
-    from mpi4py import MPI
-
-    from mpicdsgd import shutdown
-
-    if not shutdown.in_job() or error.raised_on_all_ranks:
-        if shutdown.is_first() and (shutdown.in_job() or _first()):
-            print(f"mpicdsgd: {error}", file=sys.stderr)
-        return 2
-    print(f"mpicdsgd: rank {MPI.COMM_WORLD.rank}: {error}", file=sys.stderr)
-    shutdown.abort(2)
-    return 2
-
-
-def _started() -> bool:
-    """Whether this process has started MPI."""
-    if "mpicdsgd.shutdown" not in sys.modules:
-        return False
-    from mpi4py import MPI
-
-    return bool(MPI.Is_initialized())
-
-
-def _interrupted() -> int:
-    """Say so in one line, and end the other ranks too."""
-    message = "mpicdsgd: interrupted; the same command goes on from the newest checkpoint"
-    if not _started():
-        print("mpicdsgd: interrupted", file=sys.stderr)
-        return 1
-    from mpicdsgd import shutdown
-
-    if not _first():  # a terminal interrupts all ranks: the first one speaks for them
-        time.sleep(shutdown.AFTER_YOU_S)
-    print(message, file=sys.stderr)
-    shutdown.abort(1)
-    sys.stdout.flush()
-    os._exit(1)  # one rank alone; nothing is to be drained
-
-
-def _on_interrupt(number: int, frame: object) -> NoReturn:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _interrupted()
-    os._exit(1)
-
-
-def _train(arguments: argparse.Namespace) -> int:
-    if arguments.agents is not None and not launch.inside_job():
-        launch.relaunch(arguments.agents, ["train", arguments.config, *arguments.overrides])
-    stopsignals.catch()  # first of all: a signal may come while torch is imported
-    from mpi4py import MPI
-
-    from mpicdsgd import shutdown
-    from mpicdsgd.agreement import agreement
-    from mpicdsgd.algorithms.settings import needs_server, uses_graph
-    from mpicdsgd.job import train
-    from mpicdsgd.progress import summary
-    from mpicdsgd.runconfig import load_config
-
-    shutdown.install()
-    # Not as an exception: raised in a weak reference's callback, Python prints and forgets it.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, _on_interrupt)
-    comm = MPI.COMM_WORLD
-    if text := launch.lonely(os.environ, comm.size, MPI.Get_library_version()):
-        raise UserError(text)
-    with agreement(comm, "reading the config"):
-        if arguments.agents not in (None, comm.size):
-            raise UserError(
-                f"--agents {arguments.agents}, but the launcher started {comm.size} ranks: leave "
-                "--agents out under mpirun or srun"
-            )
-        config = load_config(Path(arguments.config), arguments.overrides)
-    code, last = train(config, comm)
-    stopsignals.ignore()
-    if shutdown.is_first() and last is not None and code == 0:
-        where = f" on {config.agents.topology}" if uses_graph(config.optim) else ""
-        where += " and a server" if needs_server(config.optim) else ""
-        print(summary(last, where, config.run.dir))
-    return code
-
-
-def _simulate(arguments: argparse.Namespace) -> int:
-    if arguments.agents is None:
-        raise UserError("simulate needs --agents N, the number of agents, at least 1")
-    if arguments.agents < 1:
-        raise UserError(f"--agents must be at least 1, got {arguments.agents}")
-    from mpi4py import MPI
-
-    from mpicdsgd.progress import summary
-    from mpicdsgd.runconfig import load_config
-    from mpicdsgd.simulation import Simulation
-
-    if MPI.COMM_WORLD.size > 1:
-        error = UserError(
-            f"simulate is one process, but the launcher started {MPI.COMM_WORLD.size} ranks: leave "
-            "mpirun or srun out, or use train"
-        )
-        error.raised_on_all_ranks = True
-        raise error
-    config = load_config(Path(arguments.config), arguments.overrides)
-    simulation = Simulation(config, arguments.agents, one_by_one=arguments.one_by_one)
-    try:
-        last = simulation.run()
-    except KeyboardInterrupt:
-        print(
-            f"mpicdsgd: interrupted after step {simulation.steps}; what was written is kept in "
-            f"{config.run.dir}",
-            file=sys.stderr,
-        )
-        return 1
-    print(summary(last, f" on {config.agents.topology}", config.run.dir))
-    return 0
-
-
-def _submit(arguments: argparse.Namespace) -> int:
-    from mpicdsgd import submit
-
-    site = Path(arguments.site) if arguments.site else submit.default_site()
-    request = submit.Request(
-        nodes=arguments.nodes,
-        time=arguments.time,
-        ranks_per_node=arguments.ranks_per_node,
-        gpus_per_node=arguments.gpus_per_node,
-        stop_before_s=arguments.stop_before,
-        site=site,
-        options=tuple(arguments.sbatch),
-    )
-    run_dir, text = submit.script(Path(arguments.config), arguments.overrides, request)
-    print(text, end="")
-    if not arguments.dry_run:
-        print(submit.submit(run_dir, text, site))
-    return 0
-
-
-def _first() -> bool:
-    """Whether this process is rank 0, as far as the launcher says, before MPI is started."""
-    names = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
-    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
 class _Parser(argparse.ArgumentParser):
     """Prints a mistake in the arguments on the first rank only; all of them leave with code 2."""
 
     def error(self, message: str) -> NoReturn:
-        if _first():
+        if ending.first():
             super().error(message)
         sys.exit(2)
 
@@ -223,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--agents", type=int, metavar="N", help="start N ranks with mpiexec, a server included"
     )
-    train.set_defaults(run=_train)
+    train.set_defaults(run=running.train)
 
     simulate = commands.add_parser(
         "simulate",
@@ -237,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument(
         "--one-by-one", action="store_true", help="not many agents at a time, whatever the model"
     )
-    simulate.set_defaults(run=_simulate)
+    simulate.set_defaults(run=running.simulate)
 
     submit = commands.add_parser(
         "submit",
@@ -270,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         help="one more option of sbatch, as in --sbatch=--partition=gpu; may be given again",
     )
     submit.add_argument("--dry-run", action="store_true", help="only show the script")
-    submit.set_defaults(run=_submit)
+    submit.set_defaults(run=running.submit)
 
     graph = commands.add_parser("graph", help="what a topology and its mixing matrix are worth")
     graph.add_argument(

@@ -16,7 +16,6 @@ import errno
 import json
 import logging
 import os
-import socket
 import threading
 import time
 import weakref
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mpicdsgd.errors import UserError
+from mpicdsgd.identity import has_ended, identity, now
 from mpicdsgd.runfolder import (
     claim_file,
     newest_generation,
@@ -57,6 +57,8 @@ class Owner:
         self._pid = os.getpid()  # a forked child has not the claim
         self._over = threading.Event()
         self._taken_over = False
+        self._files: dict[Path, bytes] = {}
+        self._claimed = _which(self._path)
         self._thread = threading.Thread(target=self._beat, name="mpicdsgd owner", daemon=True)
         self._thread.start()
         _mine[self._path.resolve()] = self
@@ -66,6 +68,10 @@ class Owner:
         """Whether somebody has claimed a newer generation, so that this one counts no more."""
         return self._taken_over
 
+    def restores(self, path: Path, data: bytes) -> None:
+        """Write ``path`` anew if somebody removes the run's folder, and with it the claim."""
+        self._files[path.absolute()] = data
+
     def release(self) -> None:
         """Say that this generation has ended. A second call does nothing."""
         if self._over.is_set() or os.getpid() != self._pid:
@@ -73,9 +79,8 @@ class Owner:
         self._over.set()
         self._thread.join()
         try:
-            write_whole(self._path, _text({**self._about, "until": _now()}))
-        except FileNotFoundError:  # somebody has removed the run's folder
-            pass
+            if _which(self._path) == self._claimed:  # else the folder was removed since
+                write_whole(self._path, _text({**self._about, "until": now()}))
         except OSError as error:
             log.warning("%s cannot be written: %s", self._path, reason(error))
 
@@ -83,12 +88,29 @@ class Owner:
         said = False
         while not self._over.wait(BEAT_S):
             try:
+                if _which(self._path) != self._claimed:
+                    self._claim_again()
+                    continue
                 os.utime(self._path)
                 self._taken_over = newest_generation(self._run_dir) > self.generation
             except OSError as error:
                 if not said:
                     log.warning("%s cannot be touched: %s", self._path, reason(error))
                 said = True
+
+    def _claim_again(self) -> None:
+        """The claim is gone, or another's: of a run begun since, in a folder made anew."""
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            _write_claim(self._path, self._about)
+        except FileExistsError:
+            self._taken_over = True
+            return
+        self._claimed = _which(self._path)
+        for path, data in self._files.items():
+            if not path.exists():
+                write_whole(path, data)
+        log.warning("%s was removed while the run goes on: it is made anew", self._path)
 
 
 @atexit.register
@@ -114,7 +136,7 @@ def claim(run_dir: Path, heir_of: int | None = None) -> Owner:
         UserError: the folder cannot be made or written, or has a living owner.
     """
     run_dir = Path(run_dir).absolute()  # it is touched wherever the process goes
-    about = _identity()
+    about = identity()
     try:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -127,17 +149,9 @@ def claim(run_dir: Path, heir_of: int | None = None) -> Owner:
                 _wait_for_the_end(run_dir, newest, about, until)
             path = claim_file(run_dir, newest + 1)
             try:
-                handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+                _write_claim(path, about)
             except FileExistsError:  # somebody was faster, and is to be judged
                 continue
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(_text(about))
-                    file.flush()
-                    os.fsync(file.fileno())
-            except OSError:  # nobody is to wait for an owner that never was
-                path.unlink(missing_ok=True)
-                raise
             owner = Owner(run_dir, newest + 1, about)
             sync_folder(run_dir)
             return owner
@@ -154,6 +168,27 @@ def claim(run_dir: Path, heir_of: int | None = None) -> Owner:
         ) from None
 
 
+def _write_claim(path: Path, about: dict[str, Any]) -> None:
+    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(_text(about))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:  # nobody is to wait for an owner that never was
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _which(path: Path) -> tuple[int, int] | None:
+    """Which file ``path`` is, None where there is none: another one may get its name."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def _wait_for_the_end(run_dir: Path, newest: int, me: dict[str, Any], until: float) -> None:
     """Return when generation ``newest`` has no living owner; raise a UserError where it stays."""
     path = claim_file(run_dir, newest)
@@ -168,7 +203,7 @@ def _wait_for_the_end(run_dir: Path, newest: int, me: dict[str, Any], until: flo
         if own is not None:
             own.release()
             return
-        if "until" in owner or _has_ended(owner, me):
+        if "until" in owner or has_ended(owner, me):
             return
         now, latest = time.monotonic(), _touched(path)
         if latest != beats:
@@ -188,51 +223,6 @@ def _wait_for_the_end(run_dir: Path, newest: int, me: dict[str, Any], until: flo
                 run_dir, _named(owner, path), PATIENCE_S,
             )  # fmt: skip
         time.sleep(_LOOK_S)
-
-
-def _has_ended(owner: dict[str, Any], me: dict[str, Any]) -> bool:
-    """Whether ``owner`` is known not to live, without waiting."""
-    if owner.get("machine") and owner["machine"] == me["machine"]:
-        started = _start_of(owner.get("pid"))
-        return started is None or started != owner.get("started")
-    # Slurm starts a job again only when it has ended what was left of it.
-    same = bool(owner.get("job")) and owner["job"] == me["job"]
-    return same and int(owner.get("restart", 0)) < int(me["restart"])
-
-
-def _identity() -> dict[str, Any]:
-    pid, environment = os.getpid(), os.environ
-    job = environment.get("SLURM_JOB_ID", "")
-    restart = environment.get("SLURM_RESTART_COUNT", "")
-    return {
-        "host": socket.gethostname(),
-        "machine": _machine(),
-        "pid": pid,
-        "started": _start_of(pid),
-        "job": f"{environment.get('SLURM_CLUSTER_NAME', '')} {job}".strip() if job else "",
-        "restart": int(restart) if restart.isdecimal() else 0,
-        "since": _now(),
-    }
-
-
-def _machine() -> str:
-    """Where a pid means what it means here: this boot of this host, and these processes."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{socket.gethostname()} {boot} {os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:
-        return ""
-
-
-def _start_of(pid: Any) -> int | None:
-    """When process ``pid`` began, in the kernel's ticks; None if it has ended."""
-    try:
-        text = Path(f"/proc/{int(pid)}/stat").read_text()
-        fields = text.rpartition(")")[2].split()
-        # Ended already, and only not yet asked about by its parent.
-        return None if fields[0] in ("Z", "X") else int(fields[19])
-    except (OSError, ValueError, IndexError, TypeError):
-        return None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -259,6 +249,10 @@ def _now_there(run_dir: Path) -> float:
         path.unlink(missing_ok=True)
 
 
+def _text(about: dict[str, Any]) -> bytes:
+    return json.dumps(about).encode()
+
+
 def _named(owner: dict[str, Any], path: Path) -> str:
     if not owner:
         return f"the process that claimed {path.name}"
@@ -267,11 +261,3 @@ def _named(owner: dict[str, Any], path: Path) -> str:
         f"process {owner.get('pid')} on {owner.get('host')}{job} (generation "
         f"{int(path.name.rpartition('-')[2])}, since {owner.get('since')})"
     )
-
-
-def _text(about: dict[str, Any]) -> bytes:
-    return json.dumps(about).encode()
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

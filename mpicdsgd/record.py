@@ -24,6 +24,7 @@ from mpicdsgd.runfolder import is_regular, reason, strict, swing_link, write_who
 
 log = logging.getLogger("mpicdsgd")
 
+_FLAGS = os.O_RDWR | os.O_APPEND | os.O_CLOEXEC
 _NUMBERS = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 _TAGS = {  # TensorBoard's tag for a value at this place of a line
     "loss/train": ("train_loss", "mean"),
@@ -81,6 +82,7 @@ class Metrics:
     ) -> None:
         self._pending = b""
         self._handle = -1
+        self._name, self._generation = name, generation
         self._board: Any = None
         self.last: dict[str, Any] | None = None
         if not enabled:
@@ -92,11 +94,11 @@ class Metrics:
             before = {g: p for g, p in files(run_dir, name).items() if g < generation}
             kept = _kept(before, resume_step, resume_generation)
             write_whole(self.path, b"".join(line + b"\n" for line, _ in kept))
-            self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            self._handle = os.open(self.path, _FLAGS)
             self._size_bytes = os.fstat(self._handle).st_size
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {reason(error)}") from None
-        swing_link(run_dir / f"{name}.jsonl", self.path.name, generation)
+        self._link()
         for _, record in kept:
             self._scalars(record)
             self.last = numbers(record)
@@ -113,6 +115,8 @@ class Metrics:
         assert type(line.get("step")) is int, "a record has its step"
         self._pending += json.dumps(line, allow_nan=False).encode() + b"\n"
         try:
+            if not self.path.exists():
+                self._anew()
             rest = memoryview(self._pending)
             while rest:
                 rest = rest[os.write(self._handle, rest) :]
@@ -124,6 +128,19 @@ class Metrics:
             with contextlib.suppress(OSError):
                 os.truncate(self._handle, self._size_bytes)  # no half line before the next
         self._scalars(line)
+
+    def _anew(self) -> None:
+        """Somebody has removed the file, or the run's folder: write it again, as it is open yet."""
+        lines = os.pread(self._handle, self._size_bytes, 0)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path, lines)
+        os.close(self._handle)
+        self._handle = os.open(self.path, _FLAGS)
+        self._link()
+        log.warning("%s was removed while the run goes on: it is written anew", self.path)
+
+    def _link(self) -> None:
+        swing_link(self.path.with_name(f"{self._name}.jsonl"), self.path.name, self._generation)
 
     def close(self) -> None:
         """Close the file. A second time, it does nothing."""

@@ -321,5 +321,7 @@ def _write_config(start: Start) -> None:
             path = start.dir / f"config.g{agents.generation:04d}.toml"
             try:
                 reading.write_toml(start.config, path, header)
+                assert start.owner is not None
+                start.owner.restores(path, path.read_bytes())
             except OSError as error:
                 raise UserError(f"cannot write {path}: {error.strerror}") from None

@@ -142,7 +142,8 @@ class Stop:
             )  # fmt: skip
             return 1
         try:
-            if newest_generation(self._dir) > generation:
+            taken_over = self._owner is not None and self._owner.is_taken_over
+            if taken_over or newest_generation(self._dir) > generation:
                 log.error(
                     "stopped after step %d (%s), but a newer run has taken over %s: nothing is to "
                     "be sent back to the queue", step, why, self._dir,

@@ -104,3 +104,21 @@ def test_max_seconds(start: Start, tmp_path: Path) -> None:
     found = stopped(train(start, 2, "stopped", "run.max_seconds=20"), tmp_path / "stopped")
     assert found["reason"].startswith("run.max_seconds = 20 on rank")
     assert found["step"] > 0
+
+
+def test_a_rank_that_stalls(start: Start, tmp_path: Path) -> None:
+    """Each of those that wait for it says so in one line; nothing is lost, and the job is over."""
+    (tmp_path / "r.toml").write_text(CONFIG.format(epochs=3, workers=0))
+    plan = {"rank": 1, "step": 12, "signal": "SIGSTOP"}  # the checkpoint of step 10 waited for 5's
+    ended = train(start, 3, "stalled", "exchange.timeout_s=2", **plan).wait()
+    assert ended.code == 1, ended.err
+    assert "Traceback" not in ended.err
+    said = ended.lines("mpicdsgd: rank ")
+    assert sorted(line.split()[2] for line in said) == ["0:", "2:"], ended.err
+    for line in said:
+        assert "waited 2 s after step" in line
+        assert "agents [1]" in line
+        assert line.endswith("; the same command goes on from the newest checkpoint")
+    again = train(start, 3, "stalled").wait()
+    assert again.code == 0, again.err
+    assert "going on from step 5" in again.err

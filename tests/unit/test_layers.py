@@ -43,7 +43,7 @@ LAYERS: list[tuple[str, set[str]]] = [
                          "data.samples", "data.shuffle", "data.source", "data.feed",
                          "data.synthetic", "data.together", "models", "evaluate",
                          "objective", "curvature", "gradientnoise", "minimum"}),
-    ("the run", {"config", "runfolder", "owner", "manifest", "rankfile", "inspection",
+    ("the run", {"config", "runfolder", "identity", "owner", "manifest", "rankfile", "inspection",
                  "checkpoint", "state",
                  "snapshot", "memoryroom", "writerprocess", "background", "exporting",
                  "record", "comparison", "figures", "graphplot", "graphreport",
@@ -52,7 +52,8 @@ LAYERS: list[tuple[str, set[str]]] = [
                  "survival", "job", "stacked", "tryout", "population", "onebyone",
                  "stackedmeasure", "simulationstart", "simulation", "rebuilt", "constants",
                  "theorycase", "theorybounds", "theoryreport", "theorytable", "theoryplot"}),
-    ("command line", {"launch", "info", "submit", "looking", "cli", "__main__"}),
+    ("command line", {"launch", "info", "submit", "ending", "looking",
+                      "running", "cli", "__main__"}),
 ]  # fmt: skip
 LAYER = {module: i for i, (_, modules) in enumerate(LAYERS) for module in modules}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,7 +183,7 @@ def test_an_end_is_written_down(tmp_path: Path) -> None:
 def elsewhere(run: Path, **more: Any) -> Path:
     """A claim of a process of another host."""
     path = run / "generation-0001"
-    about = {**owner._identity(), "machine": "another", "host": "node7", "pid": 1, **more}
+    about = {**owner.identity(), "machine": "another", "host": "node7", "pid": 1, **more}
     path.write_text(json.dumps(about))
     return path
 
@@ -268,6 +269,41 @@ def test_an_heir_does_not_wait(
 def test_an_heir_of_another_is_none(tmp_path: Path, beating: None) -> None:
     with pytest.raises(UserError, match="in use by"):
         owner.claim(tmp_path, heir_of=7)
+
+
+def test_a_folder_that_somebody_removes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is made anew, with the config; who released it leaves it removed."""
+    run, config = tmp_path / "a" / "run", tmp_path / "a" / "run" / "config.g0001.toml"
+    held = owner.claim(run)
+    config.write_text("x = 1\n")
+    held.restores(config, config.read_bytes())
+    shutil.rmtree(tmp_path / "a")
+    deadline = time.monotonic() + 20
+    while "made anew" not in caplog.text and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert config.read_text() == "x = 1\n"
+    assert json.loads((run / "generation-0001").read_text())["pid"] == os.getpid()
+    assert not held.is_taken_over
+    shutil.rmtree(run)
+    held.release()
+    assert not run.exists()
+
+
+def test_another_run_in_a_folder_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first learns that its folder, and even its generation, are another's now."""
+    monkeypatch.setattr(owner, "BEAT_S", 4.0)  # the other one is to come before the next
+    run = tmp_path / "run"
+    held = owner.claim(run)
+    os.rename(run, tmp_path / "elsewhere")
+    with start(run, 60) as process:
+        assert said(process) == "1"
+        deadline = time.monotonic() + 20
+        while not held.is_taken_over and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert held.is_taken_over
+        held.release()
+        assert "until" not in json.loads((run / "generation-0001").read_text())
+        process.kill()
 
 
 def test_release_twice(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import types
@@ -144,6 +145,21 @@ def test_a_full_disk_costs_no_line_once_there_is_room(
     metrics.append({"step": 3})
     metrics.close()
     assert steps(tmp_path) == [1, 2, 3]
+
+
+def test_a_file_that_somebody_removes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its lines are still there to be written again, and the next ones are not written nowhere."""
+    run = tmp_path / "run"
+    run.mkdir()
+    metrics = Metrics(run, 1)
+    metrics.append({"step": 1})
+    shutil.rmtree(run)
+    metrics.append({"step": 2})
+    metrics.append({"step": 3})
+    metrics.close()
+    assert steps(run) == [1, 2, 3]
+    assert (run / "metrics.jsonl").is_symlink()
+    assert caplog.text.count("was removed while the run goes on: it is written anew") == 1
 
 
 def test_tensorboard_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
