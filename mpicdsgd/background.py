@@ -303,8 +303,10 @@ class Background:
     def _outcome(self, job: _UnderWay, problems: list[str], remark: str) -> None:
         if problems:
             state.discard(job.place, 0)  # the manifest goes before any other rank's file does
+            kept = f"that of step {self.step} is kept" if self.step is not None else "there is none"
+            state.say(job.about.step, problems, remark, kept)
         else:
             self.step = job.about.step
             self.seconds = max(self.seconds, time.monotonic() - self._since)
-        state.say(job.about.step, problems, remark)
+            state.say(job.about.step, [], remark)
         job.written = not problems

@@ -25,10 +25,11 @@ def inspect(path: Path) -> dict[str, Any]:
 
     Returns:
         ``{"path", "checkpoints": [...]}``, newest first; each with folder, step, generation,
-        agents, size_bytes, intact, problems, files (name, size_bytes, health: "ok" or what is
-        wrong), arrays (shape and dtype per agent), consensus (``max_j ||x_j - mean||`` and its root
-        mean square for the array "x"; None if it has none or is not intact) and shared. What is
-        unknown because the manifest is damaged or missing is None.
+        agents, size_bytes, finished (it has a manifest; else it is being written, or never was to
+        the end), intact, problems, files (name, size_bytes, health: "ok" or what is wrong), arrays
+        (shape and dtype per agent), consensus (``max_j ||x_j - mean||`` and its root mean square
+        for the array "x"; None if it has none or is not intact) and shared. What is unknown
+        because the manifest is damaged or missing is None.
 
     Raises:
         UserError: there is no checkpoint at ``path``.
@@ -44,7 +45,10 @@ def inspect(path: Path) -> dict[str, Any]:
             "or a manifest"
         )
     reports = [_report(place) for place in found]
-    reports += [_blank(folder, None, "no manifest: never finished") for folder in unfinished]
+    for folder in unfinished:
+        blank = _blank(folder, None, "no manifest: not finished", disk.step_of(folder))
+        after = (k for k, other in enumerate(reports) if (other["step"] or 0) < blank["step"])
+        reports.insert(next(after, len(reports)), blank)
     result: dict[str, Any] = strict({"path": str(path), "checkpoints": reports})
     return result
 
@@ -73,7 +77,7 @@ def _report(place: Place) -> dict[str, Any]:
     try:
         manifest = disk.read_manifest(place)
     except Damaged as damage:
-        return _blank(place.folder, place.generation, str(damage))
+        return _blank(place.folder, place.generation, str(damage), disk.step_of(place.folder))
     health = [disk.check_file(place.folder, entry) for entry in manifest.files]
     problems = [problem for problem in health if problem]
     consensus = None
@@ -88,6 +92,7 @@ def _report(place: Place) -> dict[str, Any]:
         "generation": manifest.generation,
         "agents": manifest.agents,
         "size_bytes": sum(entry.size_bytes for entry in manifest.files),
+        "finished": True,
         "intact": not problems,
         "problems": problems,
         "files": [
@@ -100,12 +105,14 @@ def _report(place: Place) -> dict[str, Any]:
     }
 
 
-def _blank(folder: Path, generation: int | None, problem: str) -> dict[str, Any]:
-    unknown = dict.fromkeys(("step", "agents", "size_bytes", "arrays", "consensus", "shared"))
+def _blank(folder: Path, generation: int | None, problem: str, step: int | None) -> dict[str, Any]:
+    unknown = dict.fromkeys(("agents", "size_bytes", "arrays", "consensus", "shared"))
     return {
         **unknown,
         "folder": str(folder),
+        "step": step,
         "generation": generation,
+        "finished": generation is not None,
         "intact": False,
         "problems": [problem],
         "files": [],

@@ -100,20 +100,26 @@ def compare(arguments: argparse.Namespace) -> int:
 
 
 def inspect(arguments: argparse.Namespace) -> int:
+    """Code 1 where a checkpoint is damaged; one that is being written, or was left half, is not."""
     from mpicdsgd.graph import agents_in_words
     from mpicdsgd.inspection import inspect
 
     found = inspect(Path(arguments.checkpoint))
+    checkpoints = found["checkpoints"]
+    code = 0 if all(one["intact"] or not one["finished"] for one in checkpoints) else 1
     if arguments.json:
         print(json.dumps(found, indent=2))
-        return 0
-    for one in found["checkpoints"]:
-        state = "intact" if one["intact"] else "NOT INTACT"
-        size = "?" if one["size_bytes"] is None else f"{one['size_bytes'] / 1e6:.1f} MB"
-        print(
-            f"{one['folder']}: step {one['step']}, generation {one['generation']}, "
-            f"{agents_in_words(one['agents'])}, {size}, {state}"
+        return code
+    for one in checkpoints:
+        words = [f"{one['folder']}: step {'?' if one['step'] is None else one['step']}"]
+        if one["generation"] is not None:
+            words.append(f"generation {one['generation']}")
+        if one["agents"] is not None:
+            words += [agents_in_words(one["agents"]), f"{one['size_bytes'] / 1e6:.1f} MB"]
+        words.append(
+            "intact" if one["intact"] else "NOT INTACT" if one["finished"] else "not finished"
         )
+        print(", ".join(words))
         if one["consensus"]:
             print(
                 f"  consensus distance: max {one['consensus']['max']:.6e}, "
@@ -123,7 +129,7 @@ def inspect(arguments: argparse.Namespace) -> int:
             print(f"  {name}: {about}")
         for problem in one["problems"]:
             print(f"  {problem}")
-    return 0
+    return code
 
 
 def export(arguments: argparse.Namespace) -> int:

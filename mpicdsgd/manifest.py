@@ -121,9 +121,15 @@ def places_in(folder: Path) -> list[Place]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     matches = [match for name in names if (match := _MANIFEST.fullmatch(name))]
-    step = _FOLDER.fullmatch(folder.name)
-    found = [Place(int(match[1]), int(step[1]) if step else -1, folder) for match in matches]
+    step = step_of(folder)
+    found = [Place(int(match[1]), -1 if step is None else step, folder) for match in matches]
     return sorted(found, reverse=True)
+
+
+def step_of(folder: Path) -> int | None:
+    """The step that a checkpoint's folder is named after; None if it has another name."""
+    match = _FOLDER.fullmatch(folder.name)
+    return int(match[1]) if match else None
 
 
 def write_manifest(place: Place, manifest: Manifest) -> None:

@@ -286,10 +286,13 @@ def _check_elastic(config: Config, before: int, now: int) -> None:
 
 def _tell(start: Start, before: int) -> None:
     n = start.agents.size
+    first, last = min(n, before), max(n, before) - 1
+    one = first == last
+    who = f"agent {first}" if one else f"agents {first} to {last}"
     others = (
-        f"agents {n} to {before - 1} and their momentum are left behind"
+        f"{who} and {'its' if one else 'their'} momentum are left behind"
         if n < before
-        else f"agents {before} to {n - 1} begin with the mix of their neighbours' state"
+        else f"{who} begin{'s' * one} with the mix of {'its' if one else 'their'} neighbours' state"
     )
     mixing = start.agents.mixing
     log.info(

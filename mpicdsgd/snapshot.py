@@ -6,8 +6,10 @@ whoever is killed, the checkpoint before is whole.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,14 +118,22 @@ def prune(place: Place, last: int) -> str:
         return f"old checkpoints in {run_dir} cannot be removed: {reason(error)}"
 
 
-def say(step: int, problems: list[str], remark: str) -> None:
-    """Log what became of a checkpoint, if that is worth a word. One rank."""
+def say(
+    step: int, problems: list[str], remark: str, kept: str = "the one before it is kept"
+) -> None:
+    """Log what became of a checkpoint, if that is worth a word. One rank.
+
+    ``kept``: what there still is where it was not written.
+    """
     if problems:
+        full = any(os.strerror(number) in problems[0] for number in (errno.ENOSPC, errno.EDQUOT))
         log.error(
-            "the checkpoint of step %d was not written (%s%s): the one before it is kept",
+            "the checkpoint of step %d was not written (%s%s): %s%s",
             step,
             problems[0],
             f", and {len(problems) - 1} more" if len(problems) > 1 else "",
+            kept,
+            "; make room, or with a lower run.keep the next start needs less" if full else "",
         )
     if remark:
         log.warning("%s", remark)

@@ -63,6 +63,7 @@ class Stop:
         self._owner = owner
         self._max_seconds, self._resumes = config.max_seconds, config.resume != "never"
         self._why = ""
+        self._is_first = True
         self._step_s: deque[float] = deque(maxlen=_RECENT)
         self._longest_s = 0.0  # beside the steps
         self._looked: float | None = None
@@ -75,7 +76,7 @@ class Stop:
         now = time.monotonic()
         if self._looked is not None:
             self._step_s.append(now - self._looked)
-        self._looked = now
+        self._looked, is_first, self._is_first = now, self._is_first, False
         if self._why:
             return
         if signal := stopsignals.received():
@@ -89,6 +90,14 @@ class Stop:
             and now - stopsignals.STARTED + self.margin_s(optimizer, write_s) >= self._max_seconds
         ):
             self._why = f"run.max_seconds = {self._max_seconds:g}"
+            if is_first and self._agents.rank == 0:
+                log.warning(
+                    "run.max_seconds = %g leaves no time to train: this start took %.0f s until "
+                    "its first step, and %.0f s are kept free for the stop and its checkpoint",
+                    self._max_seconds,
+                    now - stopsignals.STARTED,
+                    self.margin_s(optimizer, write_s),
+                )
         if self._why:
             optimizer.request_stop()
 

@@ -209,13 +209,36 @@ def test_inspect(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert newest["intact"]
     path = run / "checkpoints" / "step-00000020" / "rank-0001.g0001.h5"
     path.write_bytes(path.read_bytes()[:-1])
-    done("inspect", str(run))
+    assert cli.main(["inspect", str(run)]) == 1
     text = capsys.readouterr().out
     assert "step-00000020: step 20, generation 1, 2 agents," in text
-    assert "NOT INTACT\n" in text
+    assert "MB, NOT INTACT\n" in text
     assert "  rank-0001.g0001.h5: has" in text
     assert f"  consensus distance: max {older['consensus']['max']:.6e}" in text
     refused(capsys, "holds no checkpoint", "inspect", str(tmp_path / "none"))
+
+
+def test_inspect_what_has_no_manifest_or_a_damaged_one(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """What was left half, or is being written, is no damage; in its place among the others."""
+    run = make_run(tmp_path / "run")
+    half = run / "checkpoints" / "step-00000015"
+    half.mkdir()
+    done("inspect", str(run))
+    lines = capsys.readouterr().out.splitlines()
+    told = [line for line in lines if ": step " in line]
+    assert [line.split(": ")[1].split(",")[0] for line in told] == ["step 20", "step 15", "step 10"]
+    assert told[1] == f"{half}: step 15, not finished"
+    manifest = run / "checkpoints" / "step-00000010" / "manifest.g0001.json"
+    manifest.write_bytes(manifest.read_bytes()[:-9])
+    assert cli.main(["inspect", str(run)]) == 1
+    assert f"{manifest.parent}: step 10, generation 1, NOT INTACT\n" in capsys.readouterr().out
+    assert cli.main(["inspect", str(run), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert [(one["step"], one["finished"], one["intact"]) for one in found] == [
+        (20, True, True), (15, False, False), (10, True, False)
+    ]  # fmt: skip
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:

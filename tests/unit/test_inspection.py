@@ -23,7 +23,8 @@ def test_inspect(tmp_path: Path) -> None:
         file.write(b"\1\2\3")
     report = checkpoint.inspect(tmp_path)
     json.dumps(report, allow_nan=False)
-    newest, older, unfinished = report["checkpoints"]
+    unfinished, newest, older = report["checkpoints"]
+    assert (unfinished["step"], unfinished["finished"], unfinished["intact"]) == (30, False, False)
     assert (newest["step"], newest["generation"], newest["agents"]) == (20, 1, 3)
     assert newest["intact"]
     assert newest["arrays"]["momentum/layers.0.weight"] == {"shape": [5, 4], "dtype": "<f8"}
@@ -38,7 +39,7 @@ def test_inspect(tmp_path: Path) -> None:
     (bad,) = [f for f in older["files"] if f["health"] != "ok"]
     assert bad["name"] == "rank-0001.g0001.h5"
     assert "checksum" in bad["health"]
-    assert "never finished" in unfinished["problems"][0]
+    assert "not finished" in unfinished["problems"][0]
     for path in (folder(tmp_path, 20), folder(tmp_path, 20) / "manifest.g0001.json"):
         assert checkpoint.inspect(path)["checkpoints"] == [newest]
 

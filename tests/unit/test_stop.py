@@ -117,6 +117,26 @@ def test_a_run_asks_once_and_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert course.optimizer.asked == 1
 
 
+def test_a_limit_shorter_than_the_start_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each start would make a few steps, and nobody would see why."""
+    course = Course(monkeypatch, 100)
+    course.clock.now += 96
+    course.steps(3, 0.1)
+    assert course.optimizer.asked == 1
+    assert (
+        caplog.text.count("run.max_seconds = 100 leaves no time to train: this start took 96 s")
+        == 1
+    )
+    course = Course(monkeypatch, 100)
+    course.clock.now += 94
+    course.steps(1, 10.0)
+    course.steps(1, 10.0)
+    assert course.optimizer.asked == 1
+    assert caplog.text.count("leaves no time") == 1
+
+
 def test_without_a_limit_it_never_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     course = Course(monkeypatch, 0)
     course.steps(5, 1e9)
