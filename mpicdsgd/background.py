@@ -2,7 +2,7 @@
 
     save       every agent copies its state and gives the copy to its `WriterProcess`
     progress   whoever's file is on the disk says so to rank 0, by a gather that nobody waits for;
-               when all have, rank 0's process writes index and manifest: the checkpoint exists;
+               when all have, rank 0's process writes the manifest: the checkpoint exists;
                then it removes what is no longer kept
     finish     waits for all this, and tells every rank what became of it; so does the next `save`
 
@@ -25,8 +25,8 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from mpicdsgd import snapshot as state
-from mpicdsgd.manifest import FileEntry, Place, looks_intact, place_of
-from mpicdsgd.rankfile import About
+from mpicdsgd.manifest import FileEntry, Manifest, Place, looks_intact, place_of
+from mpicdsgd.rankfile import About, Layout
 from mpicdsgd.runfolder import sync_folder
 from mpicdsgd.snapshot import Keep, Snapshot
 from mpicdsgd.writerprocess import WriterProcess
@@ -48,7 +48,8 @@ class _UnderWay:
     place: Place
     about: About
     shared: dict[str, Any]
-    layouts: list[dict[str, Any]] | None  # rank 0
+    arrays: Layout | None  # rank 0: what the index is of
+    index: FileEntry | None = None  # rank 0, once it is written
     own: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(_RECORD_BYTES, np.uint8))
     all: NDArray[np.uint8] | None = None
     request: MPI.Request | None = None
@@ -109,16 +110,17 @@ class Background:
             self.step = snapshot.step
             return
         layouts = self._comm.gather(about.arrays, root=0)
-        self._job = _UnderWay(place, about, snapshot.shared, layouts)
+        arrays = None if layouts is None else state.alike(layouts)
+        self._job = _UnderWay(place, about, snapshot.shared, arrays)
         try:
             process = self._start()
             if process is not None:
-                process.write(self._run_dir, about, snapshot.arrays)
+                process.write(self._run_dir, about, snapshot.arrays, arrays)
                 return
         except OSError as error:  # no memory for a copy
             self._in_place(f"no copy of the state could be made ({error.strerror})")
-        entry, problem = state.write_own(place, about, snapshot.arrays)
-        self._tell({"problem": problem} if entry is None else {"entry": vars(entry)})
+        entries, problem = state.write_own(place, about, snapshot.arrays, arrays)
+        self._tell({"problem": problem} if problem else {"entries": [vars(e) for e in entries]})
 
     def progress(self) -> None:
         """Go on with what is under way, without waiting. Local; call it at every step."""
@@ -237,8 +239,12 @@ class Background:
         """Tell rank 0 what has become of this rank's file."""
         job = self._job
         assert job is not None
-        entry = answer.get("entry")
-        text = f"{entry['size_bytes']} {entry['xxh128']}" if entry else f"!{answer['problem']}"
+        if "entries" in answer:
+            own, *index = (FileEntry(**entry) for entry in answer["entries"])
+            job.index = index[0] if index else None
+            text = f"{own.size_bytes} {own.xxh128}"
+        else:
+            text = f"!{answer['problem']}"
         data = text.encode()[:_RECORD_BYTES]
         job.own[: len(data)] = np.frombuffer(data, np.uint8)
         if self._comm.rank == 0:
@@ -248,33 +254,31 @@ class Background:
     def _commit(self, job: _UnderWay) -> None:
         """Rank 0, when all have told."""
         assert job.all is not None
-        assert job.layouts is not None
         job.committing = True
         texts = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in job.all]
         problems = [f"rank {k}: {text[1:]}" for k, text in enumerate(texts) if text[:1] == "!"]
         if problems:
             self._outcome(job, problems, "")
             return
-        entries = []
+        assert job.index is not None
+        assert job.arrays is not None
+        files = []
         for rank, text in enumerate(texts):
             size, digest = text.split()
-            entries.append(FileEntry(job.place.rank_file(rank).name, int(size), digest))
-        stays = self._keep.stays(job.place.step)
-        if self._process is None:
-            problem = state.commit(job.place, entries, job.layouts, job.shared, stays)
-            self._committed(job, problem)
-            return
-        self._process.commit(
-            self._run_dir,
-            {
-                "generation": job.place.generation,
-                "step": job.place.step,
-                "entries": [vars(entry) for entry in entries],
-                "layouts": job.layouts,
-                "shared": job.shared,
-                "stays": stays,
-            },
+            files.append(FileEntry(job.place.rank_file(rank).name, int(size), digest))
+        manifest = Manifest(
+            job.place.step,
+            job.place.generation,
+            self._comm.size,
+            (*files, job.index),
+            job.arrays,
+            job.shared,
+            self._keep.stays(job.place.step),
         )
+        if self._process is None:
+            self._committed(job, state.commit(job.place, manifest))
+        else:
+            self._process.commit(self._run_dir, manifest)
 
     def _committed(self, job: _UnderWay, problem: str) -> None:
         """Rank 0, when the manifest is there, or cannot be."""

@@ -22,7 +22,17 @@ from mpicdsgd.errors import UserError
 from mpicdsgd.inspection import inspect
 from mpicdsgd.manifest import Damaged, Manifest, Place
 from mpicdsgd.runfolder import reason
-from mpicdsgd.snapshot import Keep, Snapshot, commit, describe, discard, prune, say, write_own
+from mpicdsgd.snapshot import (
+    Keep,
+    Snapshot,
+    alike,
+    commit,
+    describe,
+    discard,
+    prune,
+    say,
+    write_own,
+)
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -49,16 +59,21 @@ def write(
     about = describe(snapshot, generation, comm.rank, comm.size)
     if comm.bcast(os.path.lexists(place.manifest) if comm.rank == 0 else None):
         return place.folder
-    own = write_own(place, about, snapshot.arrays)
-    gathered = comm.gather((own, about.arrays), root=0)
+    layouts = comm.gather(about.arrays)
+    arrays = None if layouts is None else alike(layouts)
+    own = write_own(place, about, snapshot.arrays, arrays)
+    gathered = comm.gather(own)
     problems: list[str] = []
     remark = ""
-    if gathered is not None:
-        problems = [f"rank {k}: {p}" for k, ((_, p), _) in enumerate(gathered) if p]
+    if gathered is not None and arrays is not None:
+        problems = [f"rank {k}: {p}" for k, (_, p) in enumerate(gathered) if p]
         if not problems:
-            entries = [e for (e, _), _ in gathered if e is not None]
-            layouts = [spec for _, spec in gathered]
-            problem = commit(place, entries, layouts, snapshot.shared, keep.stays(place.step))
+            files = (*(entries[0] for entries, _ in gathered), own[0][1])
+            stays = keep.stays(place.step)
+            manifest = Manifest(
+                place.step, generation, comm.size, files, arrays, snapshot.shared, stays
+            )
+            problem = commit(place, manifest)
             problems = [f"rank 0: {problem}"] if problem else []
             remark = "" if problem else prune(place, keep.last)
     problems = comm.bcast(problems)

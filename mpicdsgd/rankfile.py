@@ -30,6 +30,7 @@ _PIECE = 1 << 23  # bytes
 _NUMERIC = "biufc"  # NumPy's kinds: bool, integers, floats, complex
 
 Arrays = dict[str, NDArray[Any]]
+Layout = dict[str, dict[str, Any]]  # shape and dtype of every array, as JSON
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,10 @@ class About:
     agent: int
     agents: int
     meta: dict[str, Any]
-    arrays: dict[str, dict[str, Any]]
+    arrays: Layout
 
 
-def layout(arrays: Arrays) -> dict[str, dict[str, Any]]:
+def layout(arrays: Arrays) -> Layout:
     """Shape and dtype of every array, as JSON. Names and dtypes must be storable (asserted)."""
     for name, array in arrays.items():
         parts = name.split("/")
@@ -70,7 +71,7 @@ def write_rank(place: Place, about: About, arrays: Arrays) -> FileEntry:
     return _write(place.rank_file(about.agent), fill)
 
 
-def write_index(place: Place, agents: int, arrays: dict[str, dict[str, Any]]) -> FileEntry:
+def write_index(place: Place, agents: int, arrays: Layout) -> FileEntry:
     """Write the index: for every array in ``arrays`` (alike on all agents) a virtual dataset of
     shape (agents, *shape) over all rank files, which lie beside it. Local.
 

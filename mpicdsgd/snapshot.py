@@ -10,6 +10,7 @@ import errno
 import json
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from mpicdsgd import manifest as disk
 from mpicdsgd import rankfile
 from mpicdsgd.manifest import FileEntry, Manifest, Place
-from mpicdsgd.rankfile import About
+from mpicdsgd.rankfile import About, Arrays, Layout
 from mpicdsgd.runfolder import reason, sync_folder
 
 log = logging.getLogger("mpicdsgd")
@@ -74,31 +75,45 @@ def describe(snapshot: Snapshot, generation: int, rank: int, size: int) -> About
     return About(snapshot.step, generation, rank, size, snapshot.meta, layout)
 
 
+def alike(layouts: list[Layout]) -> Layout:
+    """The arrays that are alike on all agents, of whom the index can be."""
+    return {n: s for n, s in layouts[0].items() if all(other.get(n) == s for other in layouts)}
+
+
 def write_own(
-    place: Place, about: About, arrays: dict[str, NDArray[Any]]
-) -> tuple[FileEntry | None, str]:
-    """This rank's file, and what is wrong where there is none. Local; raises nothing."""
+    place: Place, about: About, arrays: Arrays, index: Layout | None = None
+) -> tuple[list[FileEntry], str]:
+    """This rank's file, or what is wrong. Local; raises nothing.
+
+    Rank 0 gives what the index is of (see `alike`), and writes that file at the same time.
+    """
     try:
         place.folder.mkdir(parents=True, exist_ok=True)
-        return rankfile.write_rank(place, about, arrays), ""
+        with ThreadPoolExecutor(1) as pool:  # the disk can do both
+            beside = None if index is None else pool.submit(_index, place, about.agents, index)
+            entries = [rankfile.write_rank(place, about, arrays)]
+            return [*entries, beside.result()] if beside else entries, ""
     except Exception as error:  # whatever it is, the other ranks are waiting
-        return None, reason(error)
+        return [], reason(error)
 
 
-def commit(
-    place: Place,
-    entries: list[FileEntry],
-    layouts: list[dict[str, Any]],
-    shared: dict[str, Any],
-    stays: bool,
-) -> str:
-    """Rank 0, once all agents' files are there: index and manifest. Local; raises nothing.
+def _index(place: Place, agents: int, arrays: Layout) -> FileEntry:
+    for folder in list(place.folder.parents)[:2]:
+        sync_folder(folder)
+    return rankfile.write_index(place, agents, arrays)
+
+
+def commit(place: Place, manifest: Manifest) -> str:
+    """Rank 0, once all files are there: the manifest. Local; raises nothing.
+
+    The names of the files that it lists need not be on the disk before its own is: where they are
+    not after a crash the checkpoint is found damaged, and the one before it is removed later.
 
     Returns:
         A problem, "" if the checkpoint is there now.
     """
     try:
-        _finish(place, entries, layouts, shared, stays)
+        disk.write_manifest(place, manifest)
     except Exception as error:
         discard(place, 0)  # the manifest goes before any rank's file does
         return reason(error)
@@ -137,28 +152,6 @@ def say(
         )
     if remark:
         log.warning("%s", remark)
-
-
-def _finish(
-    place: Place,
-    entries: list[FileEntry],
-    layouts: list[dict[str, Any]],
-    shared: dict[str, Any],
-    stays: bool,
-) -> None:
-    alike = {
-        name: spec
-        for name, spec in layouts[0].items()
-        if all(other.get(name) == spec for other in layouts)
-    }
-    index = rankfile.write_index(place, len(entries), alike)
-    for folder in (place.folder, *list(place.folder.parents)[:2]):
-        sync_folder(folder)
-    files = (*entries, index)
-    disk.write_manifest(
-        place,
-        Manifest(place.step, place.generation, len(entries), files, alike, shared, stays),
-    )
 
 
 def discard(place: Place, rank: int) -> None:

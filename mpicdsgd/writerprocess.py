@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,9 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpicdsgd import snapshot, stopsignals
-from mpicdsgd.manifest import FileEntry, Place, place_of
+from mpicdsgd.manifest import FileEntry, Manifest, place_of
 from mpicdsgd.memoryroom import room_bytes
-from mpicdsgd.rankfile import About, Arrays
+from mpicdsgd.rankfile import About, Arrays, Layout
 
 _SHARE = 0.9  # of the memory that is left, for copies
 _ALIGNED = 64  # bytes: where an array may begin
@@ -73,7 +74,9 @@ class WriterProcess:
         # Also where a run is given up, and nobody closes anything.
         self._end = weakref.finalize(self, _end, self._process, self._memory)
 
-    def write(self, run_dir: Path, about: About, arrays: Arrays) -> None:
+    def write(
+        self, run_dir: Path, about: About, arrays: Arrays, index: Layout | None = None
+    ) -> None:
         """Copy ``arrays`` and have them written as `snapshot.write_own` does.
 
         Raises:
@@ -94,11 +97,12 @@ class WriterProcess:
             self._map = mmap.mmap(self._memory, size)
         for name, array in arrays.items():
             np.copyto(_array(self._map, where[name], about.arrays[name]), array)
-        self._send({"do": "write", "run_dir": str(run_dir), "about": vars(about), "where": where})
+        job = {"do": "write", "about": vars(about), "where": where, "index": index}
+        self._send({"run_dir": str(run_dir), **job})
 
-    def commit(self, run_dir: Path, job: Job) -> None:
-        """Have `snapshot.commit` done; ``job``: its further arguments, as JSON."""
-        self._send({"do": "commit", "run_dir": str(run_dir), **job})
+    def commit(self, run_dir: Path, manifest: Manifest) -> None:
+        """Have `snapshot.commit` done."""
+        self._send({"do": "commit", "run_dir": str(run_dir), "manifest": asdict(manifest)})
 
     def prune(self, run_dir: Path, generation: int, step: int, last: int) -> None:
         """Have `snapshot.prune` done."""
@@ -108,7 +112,7 @@ class WriterProcess:
     def answer(self, timeout_s: float | None = 0.0) -> Job | None:
         """What became of the job; None where it is not done within ``timeout_s`` (None: for ever).
 
-        {"entry": ...} or {"problem": text}; of a removal {"remark": text}.
+        Of a write {"entries": [...]}, of a removal {"remark": text}; or {"problem": text}.
         """
         while b"\n" not in self._said:
             poll = select.poll()  # not select(), which knows no descriptor above 1023
@@ -196,22 +200,21 @@ class _Memory:
 def _write(memory: _Memory, job: Job) -> Job:
     about = About(**job["about"])
     place = place_of(Path(job["run_dir"]), about.generation, about.step)
-    entry, problem = snapshot.write_own(place, about, memory.arrays(about, job["where"]))
-    return {"problem": problem} if entry is None else {"entry": vars(entry)}
+    arrays = memory.arrays(about, job["where"])
+    entries, problem = snapshot.write_own(place, about, arrays, job["index"])
+    return {"problem": problem} if problem else {"entries": [vars(entry) for entry in entries]}
 
 
 def _commit(memory: _Memory, job: Job) -> Job:
-    entries = [FileEntry(**entry) for entry in job["entries"]]
-    arguments = (entries, job["layouts"], job["shared"], job["stays"])
-    return {"problem": snapshot.commit(_place(job), *arguments)}
+    body = job["manifest"]
+    manifest = Manifest(**{**body, "files": tuple(FileEntry(**entry) for entry in body["files"])})
+    place = place_of(Path(job["run_dir"]), manifest.generation, manifest.step)
+    return {"problem": snapshot.commit(place, manifest)}
 
 
 def _prune(memory: _Memory, job: Job) -> Job:
-    return {"remark": snapshot.prune(_place(job), job["last"])}
-
-
-def _place(job: Job) -> Place:
-    return place_of(Path(job["run_dir"]), job["generation"], job["step"])
+    place = place_of(Path(job["run_dir"]), job["generation"], job["step"])
+    return {"remark": snapshot.prune(place, job["last"])}
 
 
 _JOBS = {"write": _write, "commit": _commit, "prune": _prune}

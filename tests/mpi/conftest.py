@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from mpi4py import MPI
 
-from mpicdsgd import gpu, owner, shutdown, stopsignals
+from mpicdsgd import background, gpu, owner, shutdown, stopsignals, writerprocess
 
 _abort = shutdown.abort  # tests that replace it may fail, too
 
@@ -62,6 +62,44 @@ def nobody_owns_a_folder_that_is_gone() -> Iterator[None]:
     """A run that a test leaves would go on touching its claim, and say that it cannot."""
     yield
     owner.release_all()
+
+
+class Lasting(writerprocess.WriterProcess):
+    """A writer of checkpoints that goes from one run of the tests to the next, if it is idle."""
+
+    jobs = 0
+
+    def _send(self, job: writerprocess.Job) -> None:
+        self.jobs += 1
+        super()._send(job)
+
+    def answer(self, timeout_s: float | None = 0.0) -> writerprocess.Job | None:
+        found = super().answer(timeout_s)
+        self.jobs -= found is not None
+        return found
+
+    def close(self) -> None:
+        """Kept, unless it has died."""
+        if not self.alive:
+            super().close()
+
+
+_writers: list[Lasting] = []
+
+
+@pytest.fixture(autouse=True)
+def writers_last(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of a short run's time is its writer's start, on every rank: one for all tests."""
+    if request.node.get_closest_marker("own_writer") is not None:
+        return
+
+    def writer(on_node: int = 1) -> Lasting:
+        if not (_writers and _writers[0].alive and _writers[0].jobs == 0):
+            _writers[:] = [Lasting(on_node)]
+        _writers[0]._on_node = on_node
+        return _writers[0]
+
+    monkeypatch.setattr(background, "WriterProcess", writer)
 
 
 @pytest.fixture

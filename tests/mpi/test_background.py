@@ -18,6 +18,8 @@ from mpicdsgd.background import Background
 from mpicdsgd.checkpoint import Keep, Snapshot
 from mpicdsgd.writerprocess import WriterProcess
 
+pytestmark = pytest.mark.own_writer
+
 
 @pytest.fixture
 def run(shared_folder: Path) -> Path:

@@ -98,10 +98,10 @@ def test_a_copy_that_does_not_fit_is_an_error(
     writer = WriterProcess(on_node)
     if fits:
         writer.write(tmp_path, about, arrays)
-        assert "entry" in (writer.answer(timeout_s=60) or {})
+        assert "entries" in (writer.answer(timeout_s=60) or {})
         monkeypatch.setattr(writerprocess, "room_bytes", lambda: 0)
         writer.write(tmp_path, about, arrays)
-        assert "entry" in (writer.answer(timeout_s=60) or {})
+        assert "entries" in (writer.answer(timeout_s=60) or {})
     else:
         with pytest.raises(OSError, match="0 MB for each of 3 on the node, and 1 MB are left"):
             writer.write(tmp_path, about, arrays)

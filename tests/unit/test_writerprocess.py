@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mpicdsgd import rankfile
-from mpicdsgd.manifest import FileEntry, check_file, place_of
+from mpicdsgd.manifest import FileEntry, Manifest, check_file, place_of
 from mpicdsgd.rankfile import About
 from mpicdsgd.writerprocess import WriterProcess
 
@@ -43,10 +43,14 @@ def test_arrays(tmp_path: Path, grow: int) -> None:
     assert writer.answer() is None
     for step, times in ((1, 1), (2, grow), (3, 1)):
         arrays = {**ARRAYS, "x": np.tile(ARRAYS["x"], times) + step}
-        writer.write(tmp_path, about(step, arrays), arrays)
-        entry = FileEntry(**answer(writer)["entry"])
+        index = rankfile.layout({"x": arrays["x"]}) if step == 2 else None
+        writer.write(tmp_path, about(step, arrays), arrays, index)
+        entries = [FileEntry(**entry) for entry in answer(writer)["entries"]]
         place = place_of(tmp_path, 1, step)
-        assert check_file(place.folder, entry) == ""
+        assert [entry.name for entry in entries] == [
+            place.rank_file(0).name, *([place.index.name] if index else [])
+        ]  # fmt: skip
+        assert not any(check_file(place.folder, entry) for entry in entries)
         said, found = rankfile.read_rank(place.rank_file(0))
         assert said == about(step, arrays)
         for name, array in arrays.items():
@@ -62,11 +66,11 @@ def test_it_does_not_hear_what_is_for_the_rank(tmp_path: Path) -> None:
     os.kill(writer._process.pid, signal.SIGINT)  # while it imports
     os.kill(writer._process.pid, signal.SIGUSR1)
     writer.write(tmp_path, about(1, ARRAYS), ARRAYS)
-    assert "entry" in answer(writer)
+    assert "entries" in answer(writer)
     for one in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         os.kill(writer._process.pid, one)
     writer.write(tmp_path, about(2, ARRAYS), ARRAYS)
-    assert "entry" in answer(writer)
+    assert "entries" in answer(writer)
     writer.close()
 
 
@@ -75,7 +79,9 @@ def test_a_mistake_is_an_answer(tmp_path: Path) -> None:
     writer = WriterProcess()
     writer.write(tmp_path, about(1, ARRAYS), ARRAYS)
     assert answer(writer) == {"problem": "Not a directory"}
-    writer.commit(tmp_path, {"generation": 1})
+    writer.commit(tmp_path, Manifest(1, 1, 1, (), {}, {}, False))
+    assert answer(writer)["problem"] == "Not a directory"
+    writer._send({"do": "commit", "run_dir": str(tmp_path)})
     assert "KeyError" in answer(writer)["problem"]
     writer.close()
 
