@@ -86,7 +86,8 @@ class Background:
         self.step = step
         self._on_node = on_node
         self.seconds = 0.0
-        self._run_dir, self._generation, self._keep = Path(run_dir), generation, keep
+        self._run_dir = Path(run_dir).absolute()  # the process stays where this one begins it
+        self._generation, self._keep = generation, keep
         self._comm: MPI.Intracomm = comm.Dup()
         self._process: WriterProcess | None = None
         self._cannot = self._closed = False

@@ -279,5 +279,6 @@ def test_the_log_says_who_came(comm: MPI.Intracomm, caplog: pytest.LogCaptureFix
         run = Run(config(), comm)
     texts = [r.getMessage() for r in caplog.records if f"instead of {FEWER}" in r.getMessage()]
     assert len(texts) == (comm.rank == 0)
-    assert all("begin with the mix of their neighbours" in text for text in texts)
+    who = f"agents {FEWER} to {comm.size - 1} begin" if comm.size - FEWER > 1 else "agent 1 begins"
+    assert all(f"{who} with the mix of" in text for text in texts)
     run.train()

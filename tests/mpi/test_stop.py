@@ -215,9 +215,9 @@ def test_a_checkpoint_of_the_stop_step_is_not_written_twice(
     written: list[int] = []
     write = WriterProcess.write
 
-    def counted(process: WriterProcess, run_dir: Path, about: Any, arrays: Any) -> None:
+    def counted(process: WriterProcess, run_dir: Path, about: Any, *more: Any) -> None:
         written.append(about.step)
-        write(process, run_dir, about, arrays)
+        write(process, run_dir, about, *more)
 
     monkeypatch.setattr(WriterProcess, "write", counted)
     step = 14 - 1 - diameter(comm)
