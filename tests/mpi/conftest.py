@@ -15,6 +15,8 @@ import pytest
 from mpi4py import MPI
 
 from mpicdsgd import background, gpu, owner, shutdown, stopsignals, writerprocess
+from mpicdsgd.exchange import engine
+from mpicdsgd.links import link
 
 _abort = shutdown.abort  # tests that replace it may fail, too
 
@@ -62,6 +64,13 @@ def nobody_owns_a_folder_that_is_gone() -> Iterator[None]:
     """A run that a test leaves would go on touching its claim, and say that it cannot."""
     yield
     owner.release_all()
+
+
+@pytest.fixture(autouse=True)
+def who_leaves_says_so_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second is for jobs; in a hundred tests it is two minutes."""
+    monkeypatch.setattr(engine, "_GRACE_S", 0.1)
+    monkeypatch.setattr(link, "_GRACE_S", 0.1)
 
 
 class Lasting(writerprocess.WriterProcess):
