@@ -5,6 +5,7 @@ Agents are threads here; ``tests/mpi/test_checkpoint.py`` does it over MPI.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import random
@@ -23,6 +24,7 @@ from team import Rank, Team, files, folder, listing, read, snapshot, write
 
 from mpicdsgd import checkpoint, rankfile
 from mpicdsgd.errors import UserError
+from mpicdsgd.snapshot import say
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -250,3 +252,12 @@ def test_kill_at_any_moment(tmp_path: Path) -> None:
         step = read(tmp_path, size=1)
         assert (step or 0) in (finished, finished + 1)
         finished = step or 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES])
+def test_what_a_full_disk_needs_is_said(caplog: pytest.LogCaptureFixture, number: int) -> None:
+    problems = [f"rank 0: {os.strerror(number)}", "rank 1: the same"]
+    say(30, problems, "", "there is none")
+    text = f"step 30 was not written (rank 0: {os.strerror(number)}, and 1 more): there is none"
+    assert text in caplog.text
+    assert ("make room, or with a lower run.keep" in caplog.text) == (number != errno.EACCES)

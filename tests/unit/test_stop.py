@@ -143,6 +143,20 @@ def test_without_a_limit_it_never_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert course.optimizer.asked == 0
 
 
+def test_a_folder_that_is_anothers_is_not_marked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Even under the same generation, where somebody removed the folder in between."""
+    agents: Any = SimpleNamespace(rank=0, size=1)
+    owner: Any = SimpleNamespace(is_taken_over=True)
+    one = stop.Stop(agents, RunConfig(dir=str(tmp_path)), None, owner)
+    assert one._mark(7, 7, 1, "USR1 on rank 0") == 1
+    assert "a newer run has taken over" in caplog.text
+    owner.is_taken_over = False
+    assert one._mark(7, 7, 1, "USR1 on rank 0") == 80
+    assert (tmp_path / stop.MARKER).exists()
+
+
 def test_what_is_told_of_the_ranks() -> None:
     assert stop._told(["", "USR1", "", ""]) == "USR1 on rank 1"
     assert stop._told(["TERM", "USR1", "TERM", ""]) == "TERM on ranks 0, 2; USR1 on rank 1"
