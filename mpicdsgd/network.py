@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import MutableMapping
 from pathlib import Path
 
@@ -26,6 +27,8 @@ def choose(environment: MutableMapping[str, str]) -> str:
     Args:
         environment: of this process, before MPI starts; a choice made there stands.
     """
+    if "mpi4py.MPI" in sys.modules:  # MPI has started, and by its own choice
+        return ""
     nodes = environment.get("SLURM_STEP_NUM_NODES", "1")
     by_slurm = "PMI_FD" in environment and "MPI_LOCALNRANKS" not in environment  # mpirun sets that
     if not by_slurm or nodes == "1" or any(name in environment for name in _CHOICES):

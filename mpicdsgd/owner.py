@@ -58,7 +58,6 @@ class Owner:
         self._over = threading.Event()
         self._taken_over = False
         self._files: dict[Path, bytes] = {}
-        self._claimed = _which(self._path)
         self._thread = threading.Thread(target=self._beat, name="mpicdsgd owner", daemon=True)
         self._thread.start()
         _mine[self._path.resolve()] = self
@@ -79,34 +78,39 @@ class Owner:
         self._over.set()
         self._thread.join()
         try:
-            if _which(self._path) == self._claimed:  # else the folder was removed since
+            if self._is_ours():
                 write_whole(self._path, _text({**self._about, "until": now()}))
+        except FileNotFoundError:  # somebody has removed the run's folder
+            pass
         except OSError as error:
             log.warning("%s cannot be written: %s", self._path, reason(error))
+
+    def _is_ours(self) -> bool:
+        """Whether the claim is this process's; another run's, where the folder was made anew."""
+        return self._path.read_bytes() == _text(self._about)
 
     def _beat(self) -> None:
         said = False
         while not self._over.wait(BEAT_S):
             try:
-                if _which(self._path) != self._claimed:
+                if not self._path.exists():
                     self._claim_again()
-                    continue
-                os.utime(self._path)
-                self._taken_over = newest_generation(self._run_dir) > self.generation
+                newer = newest_generation(self._run_dir) > self.generation
+                self._taken_over = newer or not self._is_ours()
+                if not self._taken_over:
+                    os.utime(self._path)
             except OSError as error:
                 if not said:
                     log.warning("%s cannot be touched: %s", self._path, reason(error))
                 said = True
 
     def _claim_again(self) -> None:
-        """The claim is gone, or another's: of a run begun since, in a folder made anew."""
+        """Somebody has removed the run's folder, or the claim."""
         self._run_dir.mkdir(parents=True, exist_ok=True)
         try:
             _write_claim(self._path, self._about)
-        except FileExistsError:
-            self._taken_over = True
+        except FileExistsError:  # another run was faster
             return
-        self._claimed = _which(self._path)
         for path, data in self._files.items():
             if not path.exists():
                 write_whole(path, data)
@@ -178,15 +182,6 @@ def _write_claim(path: Path, about: dict[str, Any]) -> None:
     except OSError:  # nobody is to wait for an owner that never was
         path.unlink(missing_ok=True)
         raise
-
-
-def _which(path: Path) -> tuple[int, int] | None:
-    """Which file ``path`` is, None where there is none: another one may get its name."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 def _wait_for_the_end(run_dir: Path, newest: int, me: dict[str, Any], until: float) -> None:

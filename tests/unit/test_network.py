@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -20,6 +22,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("libfabric.so.1", "libucp.so.0"):
         (tmp_path / name).touch()
     monkeypatch.setattr(network, "_wheel", lambda: tmp_path)
+    monkeypatch.delitem(sys.modules, "mpi4py.MPI", raising=False)
     return tmp_path
 
 
@@ -42,6 +45,16 @@ def test_who_chose_is_obeyed(name: str, wheel: Path) -> None:
     environment = {**SRUN, name: "ucx"}
     assert network.choose(environment) == ""
     assert environment == {**SRUN, name: "ucx"}
+
+
+def test_mpi_that_has_started_is_past_choosing(
+    wheel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is to be said of a network that is not used."""
+    monkeypatch.setitem(sys.modules, "mpi4py.MPI", ModuleType("mpi4py.MPI"))
+    environment = dict(SRUN)
+    assert network.choose(environment) == ""
+    assert environment == SRUN
 
 
 @pytest.mark.parametrize("missing", ["libfabric.so.1", "libucp.so.0"])
