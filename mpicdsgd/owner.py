@@ -78,9 +78,11 @@ class Owner:
         self._over.set()
         self._thread.join()
         try:
+            if self._run_dir.exists() and not self._path.exists():  # removed since the last beat
+                self._claim_again()
             if self._is_ours():
                 write_whole(self._path, _text({**self._about, "until": now()}))
-        except FileNotFoundError:  # somebody has removed the run's folder
+        except FileNotFoundError:  # somebody has removed the run's folder, and nobody needs it
             pass
         except OSError as error:
             log.warning("%s cannot be written: %s", self._path, reason(error))

@@ -289,6 +289,21 @@ def test_a_folder_that_somebody_removes(tmp_path: Path, caplog: pytest.LogCaptur
     assert not run.exists()
 
 
+def test_a_folder_removed_just_before_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metrics or a checkpoint were written anew there since: claim and config belong to them."""
+    monkeypatch.setattr(owner, "BEAT_S", 60.0)
+    run = tmp_path / "run"
+    held = owner.claim(run)
+    held.restores(run / "config.g0001.toml", b"x = 1\n")
+    shutil.rmtree(run)
+    run.mkdir()
+    held.release()
+    assert (run / "config.g0001.toml").read_text() == "x = 1\n"
+    assert "until" in json.loads((run / "generation-0001").read_text())
+
+
 def test_another_run_in_a_folder_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first learns that its folder, and even its generation, are another's now."""
     monkeypatch.setattr(owner, "BEAT_S", 4.0)  # the other one is to come before the next
