@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from mpicdsgd.errors import UserError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 
 def mistake(error: UserError) -> int:
@@ -39,13 +43,23 @@ def started() -> bool:
 _GOES_ON = "the same command goes on from the newest checkpoint"
 
 
-def waited_in_vain(error: Exception) -> int:
+def of_another(error: MPI.Exception) -> bool:
+    """Whether the network may be the cause, and not what this rank has asked of MPI."""
+    from mpi4py import MPI
+
+    return error.Get_error_class() in (
+        MPI.ERR_OTHER, MPI.ERR_INTERN, MPI.ERR_UNKNOWN, MPI.ERR_IN_STATUS, MPI.ERR_PENDING,
+        MPI.ERR_PROC_FAILED, MPI.ERR_PROC_ABORTED, MPI.ERR_REVOKED,
+    )  # fmt: skip
+
+
+def waited_in_vain(why: str) -> int:
     """Another rank is away, or has failed: say so in one line, and end the job."""
     from mpi4py import MPI
 
     from mpicdsgd import shutdown
 
-    print(f"mpicdsgd: rank {MPI.COMM_WORLD.rank}: {error}; {_GOES_ON}", file=sys.stderr)
+    print(f"mpicdsgd: rank {MPI.COMM_WORLD.rank}: {why}; {_GOES_ON}", file=sys.stderr)
     time.sleep(shutdown.AFTER_YOU_S)
     shutdown.abort(1)
     os._exit(1)  # one rank alone; nothing is to be drained
@@ -59,6 +73,10 @@ def interrupted() -> int:
         return 1
     from mpicdsgd import shutdown
 
+    if "mpicdsgd.marker" in sys.modules:
+        from mpicdsgd import marker
+
+        marker.withdraw_all()
     if not first():  # a terminal interrupts all ranks: the first one speaks for them
         time.sleep(shutdown.AFTER_YOU_S)
     print(message, file=sys.stderr)

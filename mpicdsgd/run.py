@@ -23,13 +23,14 @@ from mpicdsgd.errors import UserError
 from mpicdsgd.evaluate import evaluate
 from mpicdsgd.exchange import AgentFault
 from mpicdsgd.links.server import Server
+from mpicdsgd.marker import Marker, remove_marker
 from mpicdsgd.measure import RunningMeans, accuracy, measure, ratio
 from mpicdsgd.minibatch import minibatch_step
 from mpicdsgd.progress import Progress, evaluation, reached
 from mpicdsgd.runconfig import Config
 from mpicdsgd.runstart import Inherited, prepare
 from mpicdsgd.standing import Standing
-from mpicdsgd.stop import Stop, remove_marker
+from mpicdsgd.stop import Stop
 from mpicdsgd.trace import Recorder
 
 log = logging.getLogger("mpicdsgd")
@@ -67,7 +68,14 @@ class Run:
         self._periods = start.periods
         self.code = 0
         self._release = start.release
-        self._stop = Stop(agents, config.run, server, start.owner)
+        self._marker = Marker(
+            self._dir,
+            agents.generation,
+            snapshot.step if snapshot else None,
+            snapshot.generation if snapshot else 0,
+            leaves=agents.rank == 0 and config.run.resume != "never",
+        )
+        self._stop = Stop(agents, config.run, server, start.owner, self._marker)
         buffers = [b for b in self.model.buffers() if b.dtype == torch.float32]
         with agents.agreement("optimizer"):
             self.optimizer = make_optimizer(
@@ -137,12 +145,16 @@ class Run:
             with self._progress:
                 if self._is_heir:
                     self._make_up()
+                self._marker.keep(self._writer.step)
                 while self.optimizer.steps < self.total_steps and not self.optimizer.stopping:
                     self._epoch()
                 self._end()
         except (AgentFault, UserError) as error:
             if isinstance(error, UserError) and not error.raised_on_all_ranks:
+                self._marker.withdraw()
                 raise
+            if self.agents.rank == 0:
+                self._marker.withdraw()
             self._writer.close()
             self._release()
             raise self._as_mistake(error) from None
@@ -212,6 +224,7 @@ class Run:
             self._stop.look(self.optimizer, self._writer.seconds)
             self._step(inputs, targets)
             self._writer.progress()
+            self._marker.keep(self._writer.step)
             done = self.optimizer.steps
             at_end = done == self.total_steps
             if at_end or self.course.is_due(done, self._periods.evaluate):

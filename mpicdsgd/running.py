@@ -50,7 +50,14 @@ def train(arguments: argparse.Namespace) -> int:
     try:
         code, last = job.train(config, comm)
     except (ExchangeError, Silence) as error:
-        return ending.waited_in_vain(error)
+        return ending.waited_in_vain(str(error))
+    except MPI.Exception as error:
+        if not ending.of_another(error):
+            raise
+        said = " ".join(error.Get_error_string().split())[:500]
+        return ending.waited_in_vain(
+            f"MPI fails, as it does when a rank or a node is gone ({said})"
+        )
     stopsignals.ignore()
     if shutdown.is_first() and last is not None and code == 0:
         where = f" on {config.agents.topology}" if uses_graph(config.optim) else ""

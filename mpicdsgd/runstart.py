@@ -29,10 +29,10 @@ from mpicdsgd.elastic import origins
 from mpicdsgd.errors import UserError
 from mpicdsgd.evaluate import evaluate
 from mpicdsgd.graph import agents_in_words
+from mpicdsgd.marker import remove_marker
 from mpicdsgd.matrix import MixingMatrix
 from mpicdsgd.runconfig import Config, check, differences, every
 from mpicdsgd.specs import graph_from_spec, mixing_from_spec
-from mpicdsgd.stop import remove_marker
 
 log = logging.getLogger("mpicdsgd")
 

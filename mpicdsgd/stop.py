@@ -3,18 +3,17 @@
 USR1, TERM (see `stopsignals`) or `run.max_seconds` on any rank make that agent ask; the exchange's
 headers spread the step after which all stop, the same on all. They write a checkpoint unless that
 step has one, and only when it is whole and the exchange is closed does the marker ``requeue.json``
-appear in the run's folder. A step or more is made in every start, so a job that is sent back over
-and over comes to its end.
+say so. A step or more is made in every start, so a job that is sent back over and over comes to its
+end.
 
     signal or clock ... ask -> (graph's diameter + 1 steps) -> checkpoint -> close -> marker -> 80
 
-A fault goes before a stop: all agents raise it before the checkpoint, and there is no marker.
+A fault goes before a stop: all agents raise it before the checkpoint, and the marker goes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import time
 from collections import deque
@@ -24,17 +23,16 @@ from pathlib import Path
 from mpicdsgd import stopsignals
 from mpicdsgd.agents import Agents
 from mpicdsgd.agreement import collect
-from mpicdsgd.errors import UserError
 from mpicdsgd.links.server import Server
+from mpicdsgd.marker import MARKER, Marker
 from mpicdsgd.optim import AgentOptimizer
 from mpicdsgd.owner import Owner
 from mpicdsgd.runconfig import RunConfig
-from mpicdsgd.runfolder import newest_generation, reason, write_whole
+from mpicdsgd.runfolder import newest_generation, reason
 
 log = logging.getLogger("mpicdsgd")
 
 CODE = 80  # of all ranks: stopped with a checkpoint, requeue me
-MARKER = "requeue.json"
 _RECENT = 16  # steps whose longest one counts
 _FLOOR_S = 60.0  # the least margin, or ...
 _FLOOR = 0.05  # ... this part of max_seconds, if that is less
@@ -50,6 +48,7 @@ class Stop:
         config: with `max_seconds`, since the program began (0: no limit), and `resume`.
         server: the job's, if it has one: its rank may get a signal too.
         owner: of the run's folder, on the rank that has it: it may have been taken over.
+        marker: of this start.
     """
 
     def __init__(
@@ -57,10 +56,11 @@ class Stop:
         agents: Agents,
         config: RunConfig,
         server: Server | None,
-        owner: Owner | None = None,
+        owner: Owner | None,
+        marker: Marker,
     ) -> None:
         self._agents, self._dir, self._server = agents, Path(config.dir), server
-        self._owner = owner
+        self._owner, self._marker = owner, marker
         self._max_seconds, self._resumes = config.max_seconds, config.resume != "never"
         self._why = ""
         self._is_first = True
@@ -134,6 +134,8 @@ class Stop:
         code = 0
         if agents.rank == 0:
             code = self._mark(step, saved_step, generation, _told(whys))
+            if code != CODE:
+                self._marker.withdraw()
         return int(agents.comm.bcast(code))
 
     def _mark(self, step: int, saved_step: int | None, generation: int, why: str) -> int:
@@ -158,8 +160,7 @@ class Stop:
                     "be sent back to the queue", step, why, self._dir,
                 )  # fmt: skip
                 return 1
-            about = {"step": step, "generation": generation, "reason": why}
-            write_whole(self._dir / MARKER, (json.dumps(about) + "\n").encode())
+            self._marker.write(step=step, reason=why)
         except OSError as error:
             log.error("%s cannot be written: %s", self._dir / MARKER, reason(error))
         log.info(
@@ -177,17 +178,3 @@ def _told(whys: list[str]) -> str:
         more = f" and {len(ranks) - _NAMED} more" if len(ranks) > _NAMED else ""
         told.append(f"{why} on rank{'s'[: len(ranks) > 1]} {', '.join(ranks[:_NAMED])}{more}")
     return "; ".join(told)
-
-
-def remove_marker(run_dir: Path) -> None:
-    """Have no marker in the run's folder: a run has begun, or ended for good. Local.
-
-    Raises:
-        UserError: it cannot be removed, and a job would be sent back to the queue for ever.
-    """
-    try:
-        (run_dir / MARKER).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{run_dir / MARKER} cannot be removed ({reason(error)}): remove it by hand"
-        ) from None

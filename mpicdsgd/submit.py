@@ -46,8 +46,8 @@ class Request:
 BODY = """\
 config=$1 dir=$2
 shift 2
-
-rm -f "$dir/requeue.json" # of an earlier start; one that fails early would be sent back for ever
+mine() { grep -Eqs "\\"job\\": \\"(${SLURM_JOB_ID-})?\\"" "$dir/requeue.json"; }
+if mine; then rm "$dir/requeue.json"; fi # of an earlier start: one may fail before it trains
 trap 'kill -USR1 "${pid-}" 2>/dev/null || true' USR1 TERM # once requeued, a TERM finds nobody
 "${launcher[@]}" mpicdsgd train "$config" "run.dir=$dir" "$@" &
 pid=$! code=0
@@ -56,7 +56,7 @@ while kill -0 "$pid" 2>/dev/null; do # a trap ended the wait, not the run
     code=0
     wait "$pid" || code=$?
 done
-if [ -e "$dir/requeue.json" ]; then
+if mine; then
     case $(squeue -h -j "$SLURM_JOB_ID" -o '%T %r') in
     "COMPLETING None") echo "ended by Slurm: not sent back from here" ;; # not by TimeLimit
     *)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import shutil
 import signal
 import tempfile
@@ -158,7 +159,8 @@ def diameter(comm: MPI.Intracomm, topology: str = "ring") -> int:
 
 def stopped(comm: MPI.Intracomm, run_dir: str, step: int, why: str) -> None:
     """All stopped there, for that reason, and say so."""
-    assert marker(run_dir) == {"step": step, "generation": 1, "reason": why}
+    job = os.environ.get("SLURM_JOB_ID", "")
+    assert marker(run_dir) == {"generation": 1, "job": job, "step": step, "reason": why}
     assert newest(run_dir) == step
     (path,) = (p for p in checkpoints(Path(run_dir)) if p.parent.name == f"step-{step:08d}")
     assert json.loads(path.read_text())["agents"] == comm.size
@@ -426,6 +428,54 @@ def test_an_old_marker_goes_when_a_run_starts(
     if comm.rank == 0:
         step = 3 + diameter(comm)
         assert f"stopped after step {step} (USR1 on rank 0): its checkpoint is in" in caplog.text
+
+
+def test_who_is_killed_is_sent_back(comm: MPI.Intracomm, folder: Path) -> None:
+    """From the first step on there is a marker, till the end; it is rank 0's to leave."""
+    seen: dict[str, Any] = {}
+    for moment in ("step 1", f"step {STEPS}") if comm.rank == 0 else (f"step {STEPS}",):
+        plan[moment] = lambda moment=moment: seen.update({moment: marker("killed")})  # type: ignore[misc]
+    assert start(comm, "killed") == 0
+    assert f"step {STEPS}" in seen
+    about = {"generation": 1, "job": os.environ.get("SLURM_JOB_ID", "")}
+    for found in seen.values():
+        assert {**found, **about} == found
+        assert found["reason"].startswith("ended before it could say why")
+    assert marker("killed") is None
+
+
+def test_who_gets_no_further_is_sent_back_no_more(comm: MPI.Intracomm, folder: Path) -> None:
+    """Three starts have come to no checkpoint; this one has, and may be tried again."""
+    seen: dict[str, Any] = {}
+    if comm.rank == 0:
+        for _ in range(3):
+            owner.claim(Path("vain")).release()
+    for moment in ("step 1", "step 7", "step 16"):
+        plan[moment] = lambda moment=moment: seen.update({moment: marker("vain")})  # type: ignore[misc]
+    assert start(comm, "vain") == 0
+    assert seen["step 1"] is None
+    assert seen["step 7"] is None
+    assert seen["step 16"]["generation"] == 4
+
+
+def test_a_mistake_of_one_rank_is_not_sent_back(comm: MPI.Intracomm, folder: Path) -> None:
+    """It would be made again."""
+    if comm.size == 1:
+        pytest.skip("a rank alone is all ranks")
+
+    def mistake() -> None:
+        assert marker("wrong") is not None
+        raise UserError("of this rank only")
+
+    run = Run(load_config(Path("r.toml"), ["run.dir=wrong"]), comm)
+    run._marker.keep(None)
+    comm.barrier()
+    run._step = lambda *_: mistake()  # type: ignore[method-assign]
+    if comm.rank == comm.size - 1:
+        with pytest.raises(UserError, match="of this rank only"):
+            run.train()
+    comm.barrier()
+    assert marker("wrong") is None
 
 
 def test_a_stop_loses_nothing_of_the_trace(comm: MPI.Intracomm, folder: Path) -> None:

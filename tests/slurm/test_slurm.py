@@ -149,7 +149,10 @@ def processes_on(node: str, batch: Batch) -> list[int]:
 
 
 def test_a_node_dies(cluster: Cluster, whole: Whole) -> None:
-    """Its slurmd, its stepds and its ranks: what a power failure leaves. Not the script's node."""
+    """Its slurmd, its stepds and its ranks: what a power failure leaves. Not the script's node.
+
+    Whoever notices first sends the job back: the other rank, whose MPI fails, or Slurm.
+    """
     batch = requeue(cluster, "dead")
     first, second = cluster.call("scontrol", "show", "hostnames", batch.about()["NodeList"]).split()
     assert batch.about()["BatchHost"] == first
@@ -168,6 +171,20 @@ def test_a_node_dies(cluster: Cluster, whole: Whole) -> None:
     assert "stopped after step" not in batch.log()
     assert "going on from step" in batch.log()
     same_run(whole(2), cluster.work / "dead", 2)
+
+
+def test_a_rank_is_killed(cluster: Cluster, whole: Whole) -> None:
+    """As for want of memory: the job goes on from its last checkpoint."""
+    batch = requeue(cluster, "killed")
+    node = cluster.call("scontrol", "show", "hostnames", batch.about()["NodeList"]).split()[1]
+    for process in processes_on(node, batch):
+        if b"mpicdsgd" in Path(f"/proc/{process}/cmdline").read_bytes():
+            os.kill(process, signal.SIGKILL)
+    about = batch.wait()
+    log = batch.log()
+    assert about["Restarts"] == "1", log
+    assert log.count("back to the queue: ") == log.count("going on from step") == 1
+    same_run(whole(2), cluster.work / "killed", 2)
 
 
 def test_a_sweep(cluster: Cluster) -> None:

@@ -48,7 +48,7 @@ LAYERS: list[tuple[str, set[str]]] = [
                  "snapshot", "memoryroom", "writerprocess", "background", "exporting",
                  "record", "comparison", "figures", "graphplot", "graphreport",
                  "graphsuggest", "graphtable", "plots", "progress", "measure",
-                 "runconfig", "trace", "minibatch", "stop", "runstart", "standing", "run",
+                 "runconfig", "trace", "minibatch", "marker", "stop", "runstart", "standing", "run",
                  "survival", "job", "stacked", "tryout", "population", "onebyone",
                  "stackedmeasure", "simulationstart", "simulation", "rebuilt", "constants",
                  "theorycase", "theorybounds", "theoryreport", "theorytable", "theoryplot"}),

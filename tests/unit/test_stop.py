@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from mpicdsgd import UserError, stop, stopsignals
+from mpicdsgd import stop, stopsignals
+from mpicdsgd.marker import MARKER, Marker
 from mpicdsgd.runconfig import RunConfig
 from mpicdsgd.stop import Stop
 
@@ -61,7 +62,8 @@ class Course:
         monkeypatch.setattr(stop, "time", self.clock)
         monkeypatch.setattr(stopsignals, "STARTED", self.clock.now)
         agents: Any = SimpleNamespace(rank=0, size=5)
-        self.stop = Stop(agents, RunConfig(max_seconds=max_seconds), None)
+        marker: Any = None
+        self.stop = Stop(agents, RunConfig(max_seconds=max_seconds), None, None, marker)
         self.write_s = 0.0
 
     def margin_s(self) -> float:
@@ -149,12 +151,13 @@ def test_a_folder_that_is_anothers_is_not_marked(
     """Even under the same generation, where somebody removed the folder in between."""
     agents: Any = SimpleNamespace(rank=0, size=1)
     owner: Any = SimpleNamespace(is_taken_over=True)
-    one = stop.Stop(agents, RunConfig(dir=str(tmp_path)), None, owner)
+    marker = Marker(tmp_path, 1, None, 0, leaves=True)
+    one = stop.Stop(agents, RunConfig(dir=str(tmp_path)), None, owner, marker)
     assert one._mark(7, 7, 1, "USR1 on rank 0") == 1
     assert "a newer run has taken over" in caplog.text
     owner.is_taken_over = False
     assert one._mark(7, 7, 1, "USR1 on rank 0") == 80
-    assert (tmp_path / stop.MARKER).exists()
+    assert (tmp_path / MARKER).exists()
 
 
 def test_what_is_told_of_the_ranks() -> None:
@@ -217,13 +220,3 @@ def test_any_other_forked_child_dies_of_them() -> None:
     """It would otherwise outlive its parent's TERM for ever."""
     for name in ("SIGUSR1", "SIGTERM"):
         assert forked(f"os.kill(os.getpid(), signal.{name})") == -getattr(signal, name)
-
-
-def test_the_marker_is_removed(tmp_path: Path) -> None:
-    stop.remove_marker(tmp_path)
-    (tmp_path / stop.MARKER).write_text("{}")
-    stop.remove_marker(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / stop.MARKER).mkdir()
-    with pytest.raises(UserError, match=r"requeue\.json cannot be removed .*: remove it by hand"):
-        stop.remove_marker(tmp_path)

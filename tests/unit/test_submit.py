@@ -115,7 +115,14 @@ def test_what_the_script_calls(folder: Path) -> None:
 def test_a_marker_sends_it_back_and_an_old_one_does_not(folder: Path) -> None:
     """With a Slurm of a few lines; the real one's is ``tests/slurm``."""
     site = folder / "site.sh"
-    write = "echo {} >runs/net/requeue.json; exit 80"
+    marker = '{"generation": 1, "job": "%s"}'
+    (folder / "own").write_text(marker % "7" + "\n")
+    (folder / "nobodys").write_text(marker % "" + "\n")
+    (folder / "anothers").write_text(marker % "77" + "\n")
+
+    def leaves(whose: str, code: int = 80) -> str:
+        return f"cp {whose} runs/net/requeue.json; exit {code}"
+
     path = sbatch(folder, "exit 1")
     (folder / "bin" / "scontrol").write_text('#!/bin/sh\necho "scontrol $@"\n')
     (folder / "bin" / "squeue").write_text('#!/bin/sh\necho "$STATE"\n')
@@ -136,15 +143,22 @@ def test_a_marker_sends_it_back_and_an_old_one_does_not(folder: Path) -> None:
         assert done.stderr == ""
         return done.returncode, done.stdout
 
-    back = "back to the queue: {}\nscontrol requeue 7\n"
-    assert ends(write, "RUNNING None") == (80, back)
-    assert ends(write, "COMPLETING TimeLimit") == (80, back)
-    assert ends(write, "COMPLETING None") == (80, "ended by Slurm: not sent back from here\n")
+    back = f"back to the queue: {marker % 7}\nscontrol requeue 7\n"
+    assert ends(leaves("own"), "RUNNING None") == (80, back)
+    assert ends(leaves("own"), "COMPLETING TimeLimit") == (80, back)
+    ended = "ended by Slurm: not sent back from here\n"
+    assert ends(leaves("own"), "COMPLETING None") == (80, ended)
+    assert ends(leaves("own", 137), "RUNNING None") == (137, back), "of a node that died, say"
     assert ends("exit 2", "RUNNING None") == (2, ""), "the marker is of the start before"
+    assert ends(leaves("nobodys"), "RUNNING None") == (80, back.replace('"7"', '""'))
+    assert ends("exit 1", "RUNNING None") == (1, "")
+    assert ends(leaves("anothers"), "RUNNING None") == (80, ""), "who has taken over the folder"
+    assert ends("exit 1", "RUNNING None") == (1, "")
+    assert (folder / "runs/net/requeue.json").read_text() == (folder / "anothers").read_text()
     # A signal of the batch shell reaches the launcher, whose code counts.
     moment = "/bin/sleep 0.3"  # "sleep" is none here
     wait = f"for _ in $(seq 99); do {moment}; done"
-    forwarded = f'trap "{write}" USR1; {moment}; kill -USR1 $PPID; {wait}'
+    forwarded = f'trap "{leaves("own")}" USR1; {moment}; kill -USR1 $PPID; {wait}'
     assert ends(forwarded, "RUNNING None") == (80, back)
 
 
