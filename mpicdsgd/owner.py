@@ -24,6 +24,7 @@ from typing import Any
 
 from mpicdsgd.errors import UserError
 from mpicdsgd.identity import has_ended, identity, now
+from mpicdsgd.manifest import places
 from mpicdsgd.runfolder import (
     claim_file,
     newest_generation,
@@ -153,12 +154,14 @@ def claim(run_dir: Path, heir_of: int | None = None) -> Owner:
             newest = newest_generation(run_dir)
             if newest != heir_of:
                 _wait_for_the_end(run_dir, newest, about, until)
-            path = claim_file(run_dir, newest + 1)
+            # Checkpoints that somebody has put there must not be newer than this one's will be.
+            next_one = 1 + max([newest, *(place.generation for place in places(run_dir))])
+            path = claim_file(run_dir, next_one)
             try:
                 _write_claim(path, about)
             except FileExistsError:  # somebody was faster, and is to be judged
                 continue
-            owner = Owner(run_dir, newest + 1, about)
+            owner = Owner(run_dir, next_one, about)
             sync_folder(run_dir)
             return owner
     except UserError:

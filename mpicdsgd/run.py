@@ -23,7 +23,7 @@ from mpicdsgd.errors import UserError
 from mpicdsgd.evaluate import evaluate
 from mpicdsgd.exchange import AgentFault
 from mpicdsgd.links.server import Server
-from mpicdsgd.marker import Marker, remove_marker
+from mpicdsgd.marker import Marker
 from mpicdsgd.measure import RunningMeans, accuracy, measure, ratio
 from mpicdsgd.minibatch import minibatch_step
 from mpicdsgd.progress import Progress, evaluation, reached
@@ -58,6 +58,7 @@ class Run:
         inherited: Inherited | None = None,
     ) -> None:
         start = prepare(config, comm, inherited)
+        self._of_dead = inherited is not None
         self._is_heir = inherited is not None and inherited.snapshot is not None
         self.config, self.agents = config, start.agents
         self.data, self.shuffler, self.model = start.data, start.shuffler, start.model
@@ -68,12 +69,11 @@ class Run:
         self._periods = start.periods
         self.code = 0
         self._release = start.release
+        saved = snapshot.step if snapshot else None
+        if inherited is not None and inherited.snapshot is not None:
+            saved = inherited.saved
         self._marker = Marker(
-            self._dir,
-            agents.generation,
-            snapshot.step if snapshot else None,
-            snapshot.generation if snapshot else 0,
-            leaves=agents.rank == 0 and config.run.resume != "never",
+            self._dir, agents.generation, start.owner, saved, config.run.resume != "never"
         )
         self._stop = Stop(agents, config.run, server, start.owner, self._marker)
         buffers = [b for b in self.model.buffers() if b.dtype == torch.float32]
@@ -108,7 +108,7 @@ class Run:
             agents.generation,
             agents.comm,
             checkpoint.Keep(config.run.keep, start.periods.keep, self.course.shift),
-            snapshot.step if snapshot else None,
+            saved,
             agents.local_size,
         )
         first = agents.rank == 0
@@ -142,10 +142,12 @@ class Run:
             UserError: on every rank, where an agent's loss or parameters stop being finite.
         """
         try:
+            # All wait for it: who fails at once finds it there, and takes it away.
+            with self.agents.agreement("the marker"):
+                self._marker.begin(self._of_dead)
             with self._progress:
                 if self._is_heir:
                     self._make_up()
-                self._marker.keep(self._writer.step)
                 while self.optimizer.steps < self.total_steps and not self.optimizer.stopping:
                     self._epoch()
                 self._end()
@@ -159,6 +161,11 @@ class Run:
             self._release()
             raise self._as_mistake(error) from None
         return self._standing.last
+
+    @property
+    def saved_step(self) -> int | None:
+        """Of the newest checkpoint that this rank knows to be on the disk."""
+        return self._writer.step
 
     def abandon(self) -> checkpoint.Snapshot:
         """Give up this start, as some of its agents are dead; what this agent has. Local.
@@ -203,7 +210,7 @@ class Run:
         else:
             with self.agents.agreement("the marker"):
                 if self.agents.rank == 0:
-                    remove_marker(self._dir)
+                    self._marker.remove()
             if self._writer.step != done:  # known to all alike
                 self.code = 1
                 if self.agents.rank == 0:

@@ -54,7 +54,7 @@ def train(arguments: argparse.Namespace) -> int:
     except MPI.Exception as error:
         if not ending.of_another(error):
             raise
-        said = " ".join(error.Get_error_string().split())[:500]
+        said = error.Get_error_string().strip().splitlines()[-1]  # MPICH's are a stack
         return ending.waited_in_vain(
             f"MPI fails, as it does when a rank or a node is gone ({said})"
         )

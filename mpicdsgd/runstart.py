@@ -54,10 +54,12 @@ class Inherited:
     Attributes:
         mixing: of the agents that are left.
         snapshot: this agent's own part, in a checkpoint's place; None: there is none yet.
+        saved: the step of the newest checkpoint on the disk.
     """
 
     mixing: MixingMatrix
     snapshot: checkpoint.Snapshot | None
+    saved: int | None
 
 
 @dataclass
@@ -195,7 +197,7 @@ def prepare(config: Config, comm: MPI.Intracomm, inherited: Inherited | None = N
         elif config.run.resume == "auto":
             _find(start)
         start.shared["shift"] = start.course.shift
-        _write_config(start)
+        _write_config(start, is_heir=inherited is not None)
     except UserError:
         start.release()
         raise
@@ -307,13 +309,17 @@ def _tell(start: Start, before: int) -> None:
     )
 
 
-def _write_config(start: Start) -> None:
-    """Write the config as it is, with what a result depends on. Collective."""
+def _write_config(start: Start, is_heir: bool) -> None:
+    """Write the config as it is, with what a result depends on. Collective.
+
+    ``is_heir``: of a start whose marker stays: more may die before this one leaves its own.
+    """
     agents, snapshot = start.agents, start.snapshot
     hosts = collect(agents.comm, "hosts", MPI.Get_processor_name(), agents.timeout_s)
     with agents.agreement("the run's config"):
         if agents.rank == 0:
-            remove_marker(start.dir)
+            if not is_heir:
+                remove_marker(start.dir)
             header = {
                 **start.shared["versions"],
                 "hosts": ", ".join(hosts),

@@ -47,24 +47,25 @@ BODY = """\
 config=$1 dir=$2
 shift 2
 mine() { grep -Eqs "\\"job\\": \\"(${SLURM_JOB_ID-})?\\"" "$dir/requeue.json"; }
-if mine; then rm "$dir/requeue.json"; fi # of an earlier start: one may fail before it trains
-trap 'kill -USR1 "${pid-}" 2>/dev/null || true' USR1 TERM # once requeued, a TERM finds nobody
+if mine; then rm -f "$dir/requeue.json"; fi # of an earlier start: one may fail before it trains
+trap 'kill -USR1 "${pid-}" 2>/dev/null || true' TERM # once requeued, it finds nobody
+trap 'kill -USR1 "${pid-}" 2>/dev/null || true
+    ( # what hangs till the limit would end as a timeout, and Slurm sends none back
+        end=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s)
+        sleep $((end - $(date +%s) - 10)) && kill -KILL "$pid"
+    ) 2>/dev/null &' USR1
 "${launcher[@]}" mpicdsgd train "$config" "run.dir=$dir" "$@" &
 pid=$! code=0
+while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done # a trap ends the wait, not the run
 wait "$pid" || code=$?
-while kill -0 "$pid" 2>/dev/null; do # a trap ended the wait, not the run
-    code=0
-    wait "$pid" || code=$?
+mine || exit "$code"
+for _ in {1..10}; do # Slurm's controller may be away
+    state=$(squeue -h -j "$SLURM_JOB_ID" -o '%T %r') || state=
+    if [ "$state" = "COMPLETING None" ]; then echo "ended by Slurm"; break; fi # not by TimeLimit
+    echo "back to the queue: $(cat "$dir/requeue.json")"
+    if [ -n "$state" ] && scontrol requeue "$SLURM_JOB_ID"; then sleep 60; fi # Slurm ends it
+    sleep 30
 done
-if mine; then
-    case $(squeue -h -j "$SLURM_JOB_ID" -o '%T %r') in
-    "COMPLETING None") echo "ended by Slurm: not sent back from here" ;; # not by TimeLimit
-    *)
-        echo "back to the queue: $(cat "$dir/requeue.json")"
-        scontrol requeue "$SLURM_JOB_ID"
-        sleep 60 ;; # till Slurm ends this script
-    esac
-fi
 exit "$code"
 """
 

@@ -9,11 +9,13 @@ most, and a death in the middle of all this is one more death.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from mpi4py import MPI
@@ -25,6 +27,7 @@ from mpicdsgd.errors import UserError
 from mpicdsgd.exchange import Exchange
 from mpicdsgd.family import At, Broken, Family
 from mpicdsgd.graph import Graph, agents_in_words, shorten
+from mpicdsgd.marker import remove_marker
 from mpicdsgd.matrix import MixingMatrix
 from mpicdsgd.remaining import Edges, remaining_graph, remaining_mixing
 from mpicdsgd.run import Run
@@ -98,6 +101,7 @@ def train(config: Config, comm: MPI.Intracomm) -> tuple[int, dict[str, Any] | No
     graph: Graph | None = None
     death: _Death | None = None
     part: Snapshot | None = None
+    saved: int | None = None
     while True:
         shutdown.leave_by(family.base)
         run: Run | None = None
@@ -107,7 +111,7 @@ def train(config: Config, comm: MPI.Intracomm) -> tuple[int, dict[str, Any] | No
         try:
             inherited: Inherited | None = None
             if death is not None:
-                inherited = Inherited(death.mixing, _together(family.base, part))
+                inherited = Inherited(death.mixing, *_together(family.base, part, saved))
             run = Run(config, family.base, inherited=inherited)
             part = inherited = None  # the run has it
             if death is not None and run.agents.rank == 0:
@@ -130,7 +134,11 @@ def train(config: Config, comm: MPI.Intracomm) -> tuple[int, dict[str, Any] | No
             return run.code, last
         if agreed == At.MISTAKE:
             assert error is not None
+            if death is not None and family.base.rank == 0:  # the start of before has left it
+                with contextlib.suppress(UserError):
+                    remove_marker(Path(config.run.dir))
             raise error
+        saved = saved if run is None else run.saved_step
         part = _give_up(family, run, part)
         before = family.base.size
         family, dead = family.shrink()
@@ -177,20 +185,26 @@ def _require_more_than_half(family: Family, before: int, dead: list[int]) -> Non
     os._exit(1)
 
 
-def _together(comm: MPI.Intracomm, part: Snapshot | None) -> Snapshot | None:
+def _together(
+    comm: MPI.Intracomm, part: Snapshot | None, saved: int | None
+) -> tuple[Snapshot | None, int | None]:
     """This agent's part as of the same step and schedule as all others'. Collective.
 
-    None, on all, where one has none yet: then all begin as at the job's start.
+    None, on all, where one has none yet: then all begin as at the job's start. Beside it the step
+    of the newest checkpoint that one of them knows to be on the disk.
     """
     steps = comm.allgather(-1 if part is None else part.step)
+    on_disk = [step for step in comm.allgather(saved) if step is not None]
+    newest = max(on_disk, default=None)
     if part is None or min(steps) < 0:
-        return None
+        return None, newest
     mine = {key: part.meta[key] for key in ("scheduler", "groups", "last")}
     # Some may have been in the next start already: where in the epochs it is, one says for all.
     first = steps.index(max(steps))
     theirs, shared, generation = comm.bcast((mine, part.shared, part.generation), root=first)
     meta = {**part.meta, **theirs}
-    return replace(part, step=steps[first], meta=meta, shared=shared, generation=generation)
+    told = replace(part, step=steps[first], meta=meta, shared=shared, generation=generation)
+    return told, newest
 
 
 def _tell(death: _Death, run: Run) -> None:

@@ -444,38 +444,52 @@ def test_who_is_killed_is_sent_back(comm: MPI.Intracomm, folder: Path) -> None:
     assert marker("killed") is None
 
 
-def test_who_gets_no_further_is_sent_back_no_more(comm: MPI.Intracomm, folder: Path) -> None:
+def test_who_gets_no_further_is_sent_back_no_more(
+    comm: MPI.Intracomm, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Three starts have come to no checkpoint; this one has, and may be tried again."""
     seen: dict[str, Any] = {}
     if comm.rank == 0:
-        for _ in range(3):
-            owner.claim(Path("vain")).release()
+        Path("vain").mkdir()
+        Path("vain/starts.json").write_text('{"from_step": null, "starts": 3}')
+    comm.barrier()
     for moment in ("step 1", "step 7", "step 16"):
         plan[moment] = lambda moment=moment: seen.update({moment: marker("vain")})  # type: ignore[misc]
     assert start(comm, "vain") == 0
     assert seen["step 1"] is None
     assert seen["step 7"] is None
-    assert seen["step 16"]["generation"] == 4
+    assert seen["step 16"]["generation"] == 1
+    assert ("3 starts from the beginning have ended" in caplog.text) == (comm.rank == 0)
 
 
 def test_a_mistake_of_one_rank_is_not_sent_back(comm: MPI.Intracomm, folder: Path) -> None:
     """It would be made again."""
     if comm.size == 1:
         pytest.skip("a rank alone is all ranks")
-
-    def mistake() -> None:
-        assert marker("wrong") is not None
-        raise UserError("of this rank only")
-
     run = Run(load_config(Path("r.toml"), ["run.dir=wrong"]), comm)
-    run._marker.keep(None)
-    comm.barrier()
-    run._step = lambda *_: mistake()  # type: ignore[method-assign]
-    if comm.rank == comm.size - 1:
-        with pytest.raises(UserError, match="of this rank only"):
-            run.train()
+    is_last = comm.rank == comm.size - 1
+
+    def first_epoch() -> None:
+        assert marker("wrong") is not None
+        comm.barrier()
+        raise UserError("of this rank only") if is_last else KeyError("away")
+
+    run._epoch = first_epoch  # type: ignore[method-assign]
+    with pytest.raises(UserError if is_last else KeyError):
+        run.train()
     comm.barrier()
     assert marker("wrong") is None
+
+
+def test_an_overtaken_run_leaves_the_newer_ones(comm: MPI.Intracomm, folder: Path) -> None:
+    """It may come to its end before it notices."""
+    text = '{"generation": 2, "job": "88", "reason": ""}'
+    if comm.rank == 0:
+        plan["step 30"] = lambda: Path("over/requeue.json").write_text(text) and None
+    assert start(comm, "over") == 0
+    if comm.rank == 0:
+        assert Path("over/requeue.json").read_text() == text
+    comm.barrier()
 
 
 def test_a_stop_loses_nothing_of_the_trace(comm: MPI.Intracomm, folder: Path) -> None:

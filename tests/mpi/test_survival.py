@@ -72,10 +72,11 @@ def test_the_others_go_on(comm: MPI.Intracomm, left: int) -> None:
         # As if the others were one step behind, and rank 0 had the schedule of the step.
         if comm.rank > 0:
             part = dataclasses.replace(part, step=steps - 1)
-        inherited = Inherited(mixing, _together(living, part))
+        inherited = Inherited(mixing, *_together(living, part, [3, None][comm.rank % 2]))
         run = Run(config(), living, inherited=inherited)
         assert run.optimizer.steps == run.scheduler.last_epoch == steps
         assert run.agents.generation == 2
+        assert run.saved_step == 3, "as rank 0 knew"
         for name, array in part.arrays.items():
             if name in ("x", "v"):
                 assert np.array_equal(run.optimizer.arrays()[name], array), name
@@ -103,7 +104,7 @@ def test_a_schedule_that_was_left_behind_catches_up(comm: MPI.Intracomm) -> None
 def test_one_without_a_part_has_all_begin_anew(comm: MPI.Intracomm) -> None:
     part = some_steps(comm, 2).abandon()
     mine = part if comm.rank < N - 1 else None
-    assert _together(comm, mine) is None
+    assert _together(comm, mine, comm.rank) == (None, N - 1)
 
 
 @pytest.mark.skipif(

@@ -107,6 +107,15 @@ def test_claim_goes_beyond_files_whose_claim_was_deleted(tmp_path: Path) -> None
     assert owner.claim(tmp_path).generation == 8
 
 
+def test_claim_goes_beyond_checkpoints_that_were_put_there(tmp_path: Path) -> None:
+    """Copied from another run, say: a restart would read them again instead of this one's."""
+    folder = tmp_path / "checkpoints/step-00000020"
+    folder.mkdir(parents=True)
+    (folder / "manifest.g0007.json").touch()
+    assert owner.claim(tmp_path).generation == 8
+    assert owner.claim(tmp_path).generation == 9
+
+
 def test_claim_where_a_file_is_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     for run in (tmp_path / "run", tmp_path / "run" / "below", Path("/proc/nowhere")):

@@ -151,7 +151,7 @@ def test_a_folder_that_is_anothers_is_not_marked(
     """Even under the same generation, where somebody removed the folder in between."""
     agents: Any = SimpleNamespace(rank=0, size=1)
     owner: Any = SimpleNamespace(is_taken_over=True)
-    marker = Marker(tmp_path, 1, None, 0, leaves=True)
+    marker = Marker(tmp_path, 1, owner, None, resumes=True)
     one = stop.Stop(agents, RunConfig(dir=str(tmp_path)), None, owner, marker)
     assert one._mark(7, 7, 1, "USR1 on rank 0") == 1
     assert "a newer run has taken over" in caplog.text

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -124,42 +126,67 @@ def test_a_marker_sends_it_back_and_an_old_one_does_not(folder: Path) -> None:
         return f"cp {whose} runs/net/requeue.json; exit {code}"
 
     path = sbatch(folder, "exit 1")
-    (folder / "bin" / "scontrol").write_text('#!/bin/sh\necho "scontrol $@"\n')
-    (folder / "bin" / "squeue").write_text('#!/bin/sh\necho "$STATE"\n')
-    (folder / "bin" / "sleep").write_text("#!/bin/sh\n")
-    for name in ("scontrol", "squeue", "sleep"):
+    programs = {
+        "scontrol": SCONTROL,
+        "squeue": 'case "$*" in *%e*) echo "$END" ;; *) echo "$STATE" ;; esac',
+        "sleep": 'test "$1" -ge 0',
+    }
+    for name, body in programs.items():
+        (folder / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
         (folder / "bin" / name).chmod(0o755)
     (folder / "runs" / "net").mkdir(parents=True)
     site.touch()
     _, text = script(Path("net.toml"), (), Request(2, "90", site=site))
     (folder / "job.sbatch").write_text(text)
 
-    def ends(rank: str, state: str) -> tuple[int, str]:
+    def ends(rank: str, state: str, away: int = 0, end: str = "NONE") -> tuple[int, str]:
         site.write_text(f"launcher=(bash -c '{rank}')\n")
-        environment = {**os.environ, "PATH": path, "SLURM_JOB_ID": "7", "STATE": state}
+        environment = {**os.environ, "PATH": path, "SLURM_JOB_ID": "7", "STATE": state, "END": end}
+        (folder / "away").write_text("x" * away)
         done = subprocess.run(
             ["bash", "job.sbatch"], env=environment, capture_output=True, text=True, check=False
         )
-        assert done.stderr == ""
+        assert "Killed" in done.stderr or done.stderr == ""
         return done.returncode, done.stdout
 
-    back = f"back to the queue: {marker % 7}\nscontrol requeue 7\n"
-    assert ends(leaves("own"), "RUNNING None") == (80, back)
-    assert ends(leaves("own"), "COMPLETING TimeLimit") == (80, back)
-    ended = "ended by Slurm: not sent back from here\n"
-    assert ends(leaves("own"), "COMPLETING None") == (80, ended)
-    assert ends(leaves("own", 137), "RUNNING None") == (137, back), "of a node that died, say"
+    echo = f"back to the queue: {marker % 7}\n"
+    back = echo + "scontrol requeue 7\n"
+    sent = -signal.SIGKILL, back
+    assert ends(leaves("own"), "RUNNING None") == sent
+    assert ends(leaves("own"), "COMPLETING TimeLimit") == sent
+    assert ends(leaves("own"), "COMPLETING None") == (80, "ended by Slurm\n")
+    assert ends(leaves("own", 137), "RUNNING None") == sent, "of a node that died, say"
     assert ends("exit 2", "RUNNING None") == (2, ""), "the marker is of the start before"
-    assert ends(leaves("nobodys"), "RUNNING None") == (80, back.replace('"7"', '""'))
+    assert ends(leaves("nobodys"), "RUNNING None") == (sent[0], back.replace('"7"', '""'))
     assert ends("exit 1", "RUNNING None") == (1, "")
     assert ends(leaves("anothers"), "RUNNING None") == (80, ""), "who has taken over the folder"
     assert ends("exit 1", "RUNNING None") == (1, "")
     assert (folder / "runs/net/requeue.json").read_text() == (folder / "anothers").read_text()
+    # Slurm's controller is away for a while, or for long.
+    assert ends(leaves("own"), "RUNNING None", away=2) == (sent[0], 2 * echo + back)
+    assert ends(leaves("own", 9), "RUNNING None", away=99) == (9, 10 * echo)
+    assert ends(leaves("own", 9), "") == (9, 10 * echo)
     # A signal of the batch shell reaches the launcher, whose code counts.
     moment = "/bin/sleep 0.3"  # "sleep" is none here
     wait = f"for _ in $(seq 99); do {moment}; done"
     forwarded = f'trap "{leaves("own")}" USR1; {moment}; kill -USR1 $PPID; {wait}'
-    assert ends(forwarded, "RUNNING None") == (80, back)
+    assert ends(forwarded, "RUNNING None") == sent
+    ended = 'trap "exit 0" USR1; {0}; kill -USR1 $PPID; {0}'
+    assert ends(ended.format(moment), "RUNNING None") == (0, ""), "the run's end, not the signal"
+    # What hangs is killed before the limit, which Slurm would count as the job's end.
+    hangs = f'cp own runs/net/requeue.json; trap "" USR1; {moment}; kill -USR1 $PPID; {wait}; >late'
+    soon = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 60))
+    assert ends(hangs, "RUNNING None", end=soon) == sent
+    assert not (folder / "late").exists(), "it was not waited for"
+
+
+# Away as often as there are letters in that file; else Slurm ends the script.
+SCONTROL = """if grep -q x away; then
+    sed -i s/x// away
+    exit 1
+fi
+echo "scontrol $@"
+kill -KILL $PPID"""
 
 
 def test_sbatch_is_called_with_the_script_and_the_sites_values(folder: Path) -> None:
