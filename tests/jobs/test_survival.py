@@ -151,6 +151,7 @@ def test_half_without_rank_0_is_too_few(train: Train, tmp_path: Path) -> None:
     ended = train(4, plan)
     assert ended.code not in (0, 2, 80)
     assert "agents 0, 1 died: 2 of 4 are too few to go on" in ended.err
+    assert (tmp_path / "run/requeue.json").exists(), "with as many as before it may go on"
     again = train(3, [])
     assert again.code == 0, again.err
     assert "3 agents instead of 4" in again.err

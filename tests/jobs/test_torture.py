@@ -2,7 +2,7 @@
 
     MPICDSGD_KILLS=100 python -m pytest tests/jobs/test_torture.py -s
 
-makes 100 kills instead of 12, and says what each was. A seeded generator chooses who dies, and
+makes 100 kills instead of 8, and says what each was. A seeded generator chooses who dies, and
 when: while the job starts, in a step, or inside a checkpoint's write, at a chosen place or somewhat
 later. A writer that was halted there, and whose rank is gone, wakes up when the next start is under
 way, and goes on with what it was writing.
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 Start = Callable[..., Job]
 
-KILLS = int(os.environ.get("MPICDSGD_KILLS", "12"))
+KILLS = int(os.environ.get("MPICDSGD_KILLS", "8"))
 SEED = 1
 RANKS = 4
 STEPS = 120  # of a run: 12 an epoch
