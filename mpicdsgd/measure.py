@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from mpicdsgd.agents import Agents
+from mpicdsgd.agreement import agree, wait_for
 from mpicdsgd.data import Samples
 from mpicdsgd.evaluate import evaluate
 from mpicdsgd.optim import AgentOptimizer
@@ -77,6 +78,9 @@ def measure(
     Args:
         training: this agent's training loss and accuracy, to be gathered.
 
+    Raises:
+        Silence: another rank takes `Agents.timeout_s` longer than this one.
+
     Returns:
         ``train_loss``, ``train_accuracy``, ``test_loss``, ``test_accuracy``, ``averaged_model``,
         ``consensus`` of a metrics line, the same on every rank; also ``centre``, where the
@@ -86,6 +90,7 @@ def measure(
     centre_D = optimizer.exchange.centre()
     with optimizer.evaluating():
         own = evaluate(model, test, loss_fn, batch_size)
+        agree(agents.comm, "evaluation", None, agents.timeout_s)  # the sums below have no timeout
         x_D = optimizer.x
         mean_D = agents.mean(x_D)
         with _instead(agents, optimizer, model, torch.from_numpy(mean_D)):
@@ -103,7 +108,8 @@ def measure(
         *central,
     ]
     table = np.empty((agents.size, len(row)))
-    agents.comm.Allgather(np.array(row, dtype=np.float64), table)
+    request = agents.comm.Iallgather(np.array(row, dtype=np.float64), table)
+    wait_for(request, agents.timeout_s, f"rank {agents.rank} in an evaluation")
     squared = table[:, 4]
     return {
         "train_loss": spread(table[:, 0]),

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from mpi4py import MPI
 from torch import nn
 
 from mpicdsgd import AgentFault, UserError, checkpoint, gpu, record, trace
+from mpicdsgd import measure as measure_module
 from mpicdsgd import run as run_module
 from mpicdsgd import state as run_state
+from mpicdsgd.agreement import Silence, agree
 from mpicdsgd.data import DataConfig, load
 from mpicdsgd.minibatch import minibatch_step
 from mpicdsgd.run import Run
@@ -538,6 +541,38 @@ def test_keeping_what_is_never_written_is_said(
         caplog.clear()
         train(comm, "run.checkpoint_every=7 steps", f"run.keep_every={keep}", f"run.dir={keep}")
         assert ("run.keep_every" in caplog.text) == said
+
+
+@pytest.mark.parametrize("where", ["own", "averaged"])
+def test_a_rank_that_stalls_in_an_evaluation(
+    comm: MPI.Intracomm, folder: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """The others do not wait for ever."""
+    if comm.size == 1:
+        pytest.skip("nobody waits for a rank that is alone")
+    run = Run(config("exchange.timeout_s=1", "run.dir=stalled"), comm)
+    is_late = comm.rank == comm.size - 1
+    evaluate, calls = measure_module.evaluate, 0
+
+    def slow(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if is_late and calls == (1 if where == "own" else 2):
+            time.sleep(3)
+            raise InterruptedError
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(measure_module, "evaluate", slow)
+    with pytest.raises(InterruptedError if is_late else Silence, match=None if is_late else "1 s"):
+        run._evaluate()
+    # What the others have begun is completed by who was late.
+    if is_late:
+        if where == "own":
+            agree(run.agents.comm, "evaluation", None)
+        else:
+            run.agents.comm.Iallgather(np.zeros(11), np.zeros((comm.size, 11))).Wait()
+    comm.barrier()
+    run.optimizer.close()
 
 
 def test_more_epochs_later(comm: MPI.Intracomm, folder: Path) -> None:
