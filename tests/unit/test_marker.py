@@ -74,16 +74,17 @@ def test_a_start_that_was_refused_does_not_count(tmp_path: Path) -> None:
     assert found(tmp_path) is not None
 
 
-def test_heirs_are_the_same_start(tmp_path: Path) -> None:
+def test_heirs_are_the_same_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """However many of its ranks die, one after the other."""
     for tries in range(1, STARTS + 2):
         remove_marker(tmp_path)
         begun(tmp_path, 10 * tries, 20)
         heirs = [begun(tmp_path, 10 * tries + k, 20 + k, is_heir=True) for k in (1, 2)]
         assert (found(tmp_path) is not None) == (tries <= STARTS), tries
+    assert caplog.text.count("3 starts from") == 1
     heirs[-1].keep(20)
     assert found(tmp_path) is None, "what they have begun with is in their memory only"
-    heirs[-1].keep(23)
+    heirs[-1].keep(21)
     assert found(tmp_path) is not None
 
 
@@ -100,6 +101,9 @@ def test_what_is_lost_comes_back_with_the_next_checkpoint(
     assert found(folder) is None
     one.keep(5)
     assert found(folder) is not None
+    (folder / MARKER).write_text('{"generation": 1, "job": ""}')
+    one.keep(7)
+    assert found(folder) == {"generation": 1, "job": ""}, "what is there is not written again"
     one.withdraw()
     one.keep(10)
     assert found(folder) is None, "but not where it was taken away on purpose"
