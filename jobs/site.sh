@@ -7,11 +7,12 @@
 # A cluster with modules, Open MPI of its own and GPUs may have:
 #   export SBATCH_PARTITION=gpu SBATCH_ACCOUNT=my-project SBATCH_GPUS_PER_NODE=4
 #   module load gcc/12 openmpi/5.0 cuda/12 python/3.12
-#   launcher=(srun --mpi=pmix)     # what this Slurm offers: srun --mpi=list
+#   launcher=(srun --mpi=pmix --wait=60)     # what this Slurm offers: srun --mpi=list
 #   export NCCL_DEBUG=WARN UCX_TLS=rc,self,sm,cuda
 
-# Started by Slurm (pmi2 for MPICH, Intel MPI and the mpich wheel; pmix for Open MPI) ...
-launcher=(srun --mpi=pmi2)
+# Started by Slurm (pmi2 for MPICH, Intel MPI and the mpich wheel; pmix for Open MPI), which ends the
+# job a minute after a rank has died ...
+launcher=(srun --mpi=pmi2 --wait=60)
 # ... or by MPI itself, which asks Slurm where (the mpich wheel over InfiniBand: docs/slurm.md):
 #   launcher=(mpirun)
 

@@ -44,8 +44,7 @@ class Request:
 
 # After the values of the site: $1 the config, $2 the run's folder, then overrides.
 BODY = """\
-config=$1 dir=$2
-shift 2
+config=$1 dir=$2 && shift 2
 mine() { grep -Eqs "\\"job\\": \\"(${SLURM_JOB_ID-})?\\"" "$dir/requeue.json"; }
 if mine; then rm -f "$dir/requeue.json"; fi # of an earlier start: one may fail before it trains
 trap 'kill -USR1 "${pid-}" 2>/dev/null || true' TERM # once requeued, it finds nobody
@@ -58,6 +57,7 @@ trap 'kill -USR1 "${pid-}" 2>/dev/null || true
 pid=$! code=0
 while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done # a trap ends the wait, not the run
 wait "$pid" || code=$?
+if ! mine && [ "$code" != 0 ]; then echo "not sent back to the queue: no $dir/requeue.json"; fi
 mine || exit "$code"
 for _ in {1..10}; do # Slurm's controller may be away
     state=$(squeue -h -j "$SLURM_JOB_ID" -o '%T %r') || state=
@@ -98,7 +98,7 @@ def script(config: Path, overrides: Sequence[str], request: Request) -> tuple[Pa
         site = f"source {shlex.quote(str(request.site))} || exit 1"
     else:
         folder = shlex.quote(str(Path(sys.executable).parent))
-        site = f"PATH={folder}:$PATH\nlauncher=(srun --mpi={_plugin()})"
+        site = f"PATH={folder}:$PATH\nlauncher=(srun --mpi={_plugin()} --wait=60)"
     words = shlex.join([str(config), str(run_dir), *overrides])
     lines = [
         "#!/usr/bin/env bash",

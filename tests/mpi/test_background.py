@@ -323,7 +323,7 @@ def test_a_newer_generation_is_left_alone(
     save(old, 10, comm)
     old.finish()
     if comm.rank == 0:
-        assert [owner.claim(run).generation for _ in range(2)] == [1, 2]
+        assert owner.claim(run).generation == 2
     comm.barrier()
     save(old, 20, comm)
     old.close()

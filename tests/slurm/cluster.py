@@ -40,6 +40,10 @@ schedule = "cosine"
 """  # 300 steps on two agents, 150 on four
 
 
+SRUN = "srun --mpi=pmi2"
+SHORT_WAIT = "srun --mpi=pmi2 --wait=5"  # for the others, once a rank has died
+
+
 class Cluster:
     """Slurm as up.sh started it, and a checkout to submit from: ``work``, with jobs/ and bench/.
 
@@ -53,7 +57,7 @@ class Cluster:
         for folder_name in ("jobs", "bench"):
             (work / folder_name).symlink_to(ROOT / folder_name)
         (work / "r.toml").write_text(CONFIG)
-        for launcher in ("srun --mpi=pmi2", "srun --mpi=none", "mpirun"):
+        for launcher in (SRUN, SHORT_WAIT, "srun --mpi=none", "mpirun"):
             lines = [f"launcher=({launcher})", f'PATH="{Path(sys.executable).parent}:$PATH"']
             self.site(launcher).write_text("# shellcheck shell=bash\n" + "\n".join(lines) + "\n")
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(_OUTER)}
@@ -65,7 +69,7 @@ class Cluster:
             PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         )
 
-    def site(self, launcher: str = "srun --mpi=pmi2") -> Path:
+    def site(self, launcher: str = SRUN) -> Path:
         return self.work / f"site-{launcher.replace(' ', '')}.sh"
 
     def call(self, *command: str, check: bool = True, **environment: str) -> str:
@@ -77,9 +81,7 @@ class Cluster:
         assert not check or done.returncode == 0, (command, done.stdout, done.stderr)
         return done.stdout
 
-    def submit(
-        self, *arguments: str, launcher: str = "srun --mpi=pmi2", pace_s: float = 0.0
-    ) -> Batch:
+    def submit(self, *arguments: str, launcher: str = SRUN, pace_s: float = 0.0) -> Batch:
         """``sbatch arguments``."""
         environment = {"MPICDSGD_SITE": str(self.site(launcher)), "PACE_S": str(pace_s)}
         said = self.call("sbatch", *arguments, **environment)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cluster import Batch, Cluster, last_step
+from cluster import SHORT_WAIT, SRUN, Batch, Cluster, last_step
 from samerun import same_run
 
 pytestmark = pytest.mark.timeout(500)
@@ -19,10 +19,10 @@ pytestmark = pytest.mark.timeout(500)
 Whole = Callable[[int], Path]
 
 
-def requeue(cluster: Cluster, run: str, *options: str) -> Batch:
+def requeue(cluster: Cluster, run: str, *options: str, launcher: str = SRUN) -> Batch:
     """A job of jobs/requeue.sbatch on two nodes that has made some steps."""
     command = (*options, "jobs/requeue.sbatch", "r.toml", run)
-    batch = cluster.submit("-N2", *command, pace_s=0.1)
+    batch = cluster.submit("-N2", *command, pace_s=0.1, launcher=launcher)
     batch.until(lambda: last_step(cluster.work / run) > 0, "some steps")
     return batch
 
@@ -148,6 +148,13 @@ def processes_on(node: str, batch: Batch) -> list[int]:
     return list(found)
 
 
+def is_rank(process: int, rank: int) -> bool:
+    folder = Path(f"/proc/{process}")
+    words = (folder / "environ").read_bytes().split(b"\0")
+    is_writer = b"writerprocess" in (folder / "cmdline").read_bytes()
+    return f"PMI_RANK={rank}".encode() in words and not is_writer
+
+
 def test_a_node_dies(cluster: Cluster, whole: Whole) -> None:
     """Its slurmd, its stepds and its ranks: what a power failure leaves. Not the script's node.
 
@@ -173,18 +180,24 @@ def test_a_node_dies(cluster: Cluster, whole: Whole) -> None:
     same_run(whole(2), cluster.work / "dead", 2)
 
 
-def test_a_rank_is_killed(cluster: Cluster, whole: Whole) -> None:
-    """As for want of memory: the job goes on from its last checkpoint."""
-    batch = requeue(cluster, "killed")
-    node = cluster.call("scontrol", "show", "hostnames", batch.about()["NodeList"]).split()[1]
-    for process in processes_on(node, batch):
-        if b"mpicdsgd" in Path(f"/proc/{process}/cmdline").read_bytes():
-            os.kill(process, signal.SIGKILL)
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_rank_is_killed(cluster: Cluster, whole: Whole, nodes: int) -> None:
+    """As for want of memory: the job goes on from its last checkpoint.
+
+    On one node its ranks would meet in the file that those of the first start have left.
+    """
+    run = f"killed-{nodes}"
+    options = (f"-N{nodes}", f"--ntasks-per-node={2 // nodes}")
+    batch = requeue(cluster, run, *options, launcher=SHORT_WAIT)
+    node = cluster.call("scontrol", "show", "hostnames", batch.about()["NodeList"]).split()[-1]
+    victims = [p for p in processes_on(node, batch) if is_rank(p, 1)]
+    assert len(victims) == 1
+    os.kill(victims[0], signal.SIGKILL)
     about = batch.wait()
     log = batch.log()
     assert about["Restarts"] == "1", log
     assert log.count("back to the queue: ") == log.count("going on from step") == 1
-    same_run(whole(2), cluster.work / "killed", 2)
+    same_run(whole(2), cluster.work / run, 2)
 
 
 def test_a_sweep(cluster: Cluster) -> None:

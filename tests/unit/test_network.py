@@ -1,10 +1,13 @@
-"""Which of the mpich wheel's networks a step of srun uses."""
+"""What the mpich wheel needs under srun: which network, and no file of an earlier start."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -70,3 +73,73 @@ def test_the_wheel_is_looked_for_where_mpi4py_does() -> None:
     spec = pytest.importorskip("mpi4py").__spec__
     assert Path(spec.origin).is_relative_to(network._wheel().parent)
     assert network._wheel().parent.name in ("lib", "lib64")
+
+
+STEP = {**SRUN, "SLURM_JOB_ID": "77000", "SLURM_STEP_ID": "0", "SLURM_NODEID": "1"}
+MEETING = "mpich_shm_d7ad06d7_1"  # of job 77000, step 0, node 1, as MPICH 5.0.2 names it
+
+
+@pytest.fixture
+def shm(tmp_path: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The step began 100 s after 1970 did; files of its node from before and of others."""
+    monkeypatch.setattr(network, "step_began", lambda: 100.0)
+    for name in (MEETING, MEETING[:-1] + "0", "mpich_shm_1_1"):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (99, 99))
+    return tmp_path
+
+
+def test_an_earlier_starts_file_is_removed(shm: Path) -> None:
+    network.clear(STEP, shm)
+    assert not (shm / MEETING).exists()
+    assert len(list(shm.glob("mpich_shm_*"))) == 2, "of other nodes and jobs"
+    network.clear(STEP, shm)
+
+
+def test_this_steps_file_stays(shm: Path) -> None:
+    os.utime(shm / MEETING, (101, 101))
+    network.clear(STEP, shm)
+    assert (shm / MEETING).exists()
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, MPIRUN, PMIX, {**STEP, "MPI_LOCALNRANKS": "2"}, {**STEP, "SLURM_JOB_ID": ""}],
+)
+def test_others_have_no_such_file(environment: dict[str, str], shm: Path) -> None:
+    network.clear(environment, shm)
+    assert (shm / MEETING).exists()
+
+
+def test_ranks_at_once_remove_one_file(shm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waited for the lock finds another file there, made meanwhile by the faster one's MPI."""
+    flock = network.fcntl.flock
+
+    def late(file: Any, how: int) -> None:
+        (shm / MEETING).unlink()
+        (shm / MEETING).touch()
+        os.utime(shm / MEETING, (99, 99))  # its age alone would not save it
+        flock(file, how)
+
+    monkeypatch.setattr(network.fcntl, "flock", late)
+    network.clear(STEP, shm)
+    assert (shm / MEETING).exists()
+
+
+def test_when_a_step_began() -> None:
+    """The nearest slurmstepd above a process tells; here a shell that bears its name."""
+    code = "from mpicdsgd import network; print(network.step_began())"
+    assert network.step_began() is None or "SLURM_STEP_ID" in os.environ
+    named = f"""
+import ctypes, subprocess, sys, time
+ctypes.CDLL(None).prctl(15, b"slurmstepd", 0, 0, 0)
+print(time.time())
+time.sleep(1)
+print(subprocess.run(["sh", "-c", sys.executable + " -c '{code}'; true"],
+                     capture_output=True, text=True).stdout)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", named], capture_output=True, text=True, check=True, timeout=60
+    )
+    after, began = map(float, done.stdout.split())
+    assert after - 30 < began <= after

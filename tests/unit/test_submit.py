@@ -156,11 +156,12 @@ def test_a_marker_sends_it_back_and_an_old_one_does_not(folder: Path) -> None:
     assert ends(leaves("own"), "COMPLETING TimeLimit") == sent
     assert ends(leaves("own"), "COMPLETING None") == (80, "ended by Slurm\n")
     assert ends(leaves("own", 137), "RUNNING None") == sent, "of a node that died, say"
-    assert ends("exit 2", "RUNNING None") == (2, ""), "the marker is of the start before"
+    no = "not sent back to the queue: no runs/net/requeue.json\n"
+    assert ends("exit 2", "RUNNING None") == (2, no), "the marker is of the start before"
     assert ends(leaves("nobodys"), "RUNNING None") == (sent[0], back.replace('"7"', '""'))
-    assert ends("exit 1", "RUNNING None") == (1, "")
-    assert ends(leaves("anothers"), "RUNNING None") == (80, ""), "who has taken over the folder"
-    assert ends("exit 1", "RUNNING None") == (1, "")
+    assert ends("exit 1", "RUNNING None") == (1, no)
+    assert ends(leaves("anothers"), "RUNNING None") == (80, no), "who has taken over the folder"
+    assert ends("exit 1", "RUNNING None") == (1, no)
     assert (folder / "runs/net/requeue.json").read_text() == (folder / "anothers").read_text()
     # Slurm's controller is away for a while, or for long.
     assert ends(leaves("own"), "RUNNING None", away=2) == (sent[0], 2 * echo + back)
