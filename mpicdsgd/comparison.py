@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 from mpicdsgd import record
 from mpicdsgd.errors import UserError
+
+log = logging.getLogger("mpicdsgd")
 
 
 def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
@@ -20,14 +23,21 @@ def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
         four in a task without classes); greatest consensus distance; seconds; bytes that an agent
         sent, the mean.
 
+    A run without metrics is left out, which the log says.
+
     Raises:
-        UserError: a run has no metrics.
+        UserError: none has metrics.
     """
     rows = []
+    missing: list[UserError] = []
     for run in runs:
-        lines = record.read(run)
-        if not lines:
-            raise UserError(f"{run} has no line of metrics yet: a run has one at its end")
+        try:
+            lines = record.read(run)
+            if not lines:
+                raise UserError(f"{run} has no line of metrics yet: a run has one at its end")
+        except UserError as error:
+            missing.append(error)
+            continue
         last = lines[-1]
         test = last["test_accuracy"]
         rows.append(
@@ -45,6 +55,10 @@ def compare(runs: Sequence[Path]) -> list[dict[str, Any]]:
                 "bytes_sent": last["bytes_sent"],
             }
         )
+    if missing and not rows:
+        raise missing[0]
+    for one in missing:
+        log.warning("left out: %s", one)
     return rows
 
 

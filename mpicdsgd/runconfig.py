@@ -125,7 +125,7 @@ def check(config: Config) -> None:
         raise UserError(f'run.resume must be "auto" or "never", got "{config.run.resume}"')
     for name in ("epochs", "keep", "evaluate_batch"):
         if getattr(config.run, name) < 1:
-            raise UserError(f"run.{name} must be at least 1")
+            raise UserError(f"run.{name} must be at least 1, got {getattr(config.run, name)}")
     if not (config.run.max_seconds >= 0 and math.isfinite(config.run.max_seconds)):
         raise UserError(
             f"run.max_seconds must be a finite number >= 0 (0: no limit), "

@@ -246,20 +246,32 @@ def _go_on(start: Start, snapshot: checkpoint.Snapshot) -> None:
 
 def _expect(start: Start, shared: dict[str, Any]) -> None:
     """Raise a UserError if a checkpoint's ``shared`` is of another model or data. Local."""
-    remedy = 'set run.dir to another folder or run.resume = "never"'
+    remedy = 'set run.dir to another folder, or run.resume = "never" to begin anew in this one'
     if shared.get("format") != _FORMAT:
         raise UserError(
             f"the checkpoint in {start.dir} is of format {shared.get('format')}, this version "
             f"reads format {_FORMAT}: {remedy}"
         )
-    config = start.config
-    alike = [("parameters", f"model ({config.model.name} now)")]
-    if not config.resume.elastic:
-        alike.append(("steps_per_epoch", "data set, batch size or number of samples"))
-    for key, what in alike:
-        if shared.get(key) != start.shared[key]:
-            raise UserError(f"the checkpoint in {start.dir} is of another {what}: {remedy}")
-    then = shared.get("config")
+    config, then = start.config, shared.get("config")
+
+    def changed(section: str) -> str:
+        if not isinstance(then, dict):
+            return ""
+        found = differences(then.get(section), start.shared["config"][section], f"{section}.")
+        return "".join(f", {text}" for text in found)
+
+    if shared.get("parameters") != start.shared["parameters"]:
+        what = changed("model") or f", though it is {config.model.name} as before"
+        raise UserError(f"the checkpoint in {start.dir} is of another model{what}: {remedy}")
+    if (
+        not config.resume.elastic
+        and shared.get("steps_per_epoch") != start.shared["steps_per_epoch"]
+    ):
+        steps = f"{shared.get('steps_per_epoch')} steps, not {start.shared['steps_per_epoch']}"
+        raise UserError(
+            f"the checkpoint in {start.dir} has epochs of {steps}{changed('data')}: set "
+            f"resume.elastic = true to go on all the same; else {remedy}"
+        )
     optim = then.get("optim") if isinstance(then, dict) else None
     if not isinstance(optim, dict) or any(
         optim.get(k) != getattr(config.optim, k)

@@ -121,7 +121,7 @@ def by_one(comm: MPI.Intracomm, action: Callable[[], object]) -> None:
         ("optim=3", '"optim=3" is not of the form'),
         ("run.epochs=0", "run.epochs must be at least 1"),
         ("run.seed=-1", "run.seed = -1: it must not be negative"),
-        ("run.keep=0", "run.keep must be at least 1"),
+        ("run.keep=0", "run.keep must be at least 1, got 0"),
         ("run.resume=maybe", 'run.resume must be "auto" or "never", got "maybe"'),
         ("run.evaluate_every=often", 'run.evaluate_every must be like "1 epoch", "50 steps"'),
         ("run.evaluate_every=0 steps", "run.evaluate_every must be like"),
@@ -441,12 +441,20 @@ def test_damaged_checkpoints(
 
 def test_checkpoints_of_something_else(job: Trainer, comm: MPI.Intracomm, folder: Path) -> None:
     job.succeeds("run.epochs=1")
-    remedy = 'set run.dir to another folder or run.resume = "never"'
-    job.refuses(f"of another model (mlp now): {remedy}", "model.args.hidden=[9]")
+    remedy = 'set run.dir to another folder, or run.resume = "never" to begin anew in this one'
     job.refuses(
-        f"of another model (logistic now): {remedy}", "model.name=logistic", "model.args={}"
+        f"of another model, model.args.hidden = [9] (was [8]): {remedy}", "model.args.hidden=[9]"
     )
-    job.refuses("of another data set, batch size or number", "data.batch_size=4")
+    job.refuses(
+        "of another model, model.name = 'logistic' (was 'mlp'): ",
+        "model.name=logistic",
+        "model.args={}",
+    )
+    job.refuses(
+        "has epochs of 4 steps, not 8, data.batch_size = 4 (was 8): set resume.elastic = true "
+        f"to go on all the same; else {remedy}",
+        "data.batch_size=4",
+    )
     job.refuses("of another algorithm than optim.name", "optim.name=cdsgd")
     job.refuses("of another algorithm than optim.name", "optim.nesterov=look-ahead")
 

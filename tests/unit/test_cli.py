@@ -181,7 +181,9 @@ def test_plot(
     refused(capsys, "there are no metrics at", "plot", str(tmp_path / "none"))
 
 
-def test_compare(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_compare(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two")
     lines = [json.loads(text) for text in (two / "metrics.g0001.jsonl").read_text().splitlines()]
     lines[-1]["centre"] = {"test_loss": 0.1, "test_accuracy": 0.8765}
@@ -199,6 +201,11 @@ def test_compare(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     row = json.loads(capsys.readouterr().out)[0]
     assert (row["mean"], row["lowest"], row["centre"]) == (0.75, 0.7, 0.8765)
     refused(capsys, "there are no metrics at", "compare", str(tmp_path / "none"))
+    caplog.clear()
+    (tmp_path / "begun").mkdir()
+    done("compare", str(tmp_path / "begun"), str(two), "--json")
+    assert len(json.loads(capsys.readouterr().out)) == 1
+    assert f"left out: there are no metrics at {tmp_path / 'begun'}" in caplog.text
 
 
 def test_inspect(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
