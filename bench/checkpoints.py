@@ -36,7 +36,7 @@ import common
 from mpi4py import MPI
 
 import mpicdsgd
-from mpicdsgd import native
+from mpicdsgd.kernels import native
 
 SECTIONS = ("steps", "write", "restart", "startup")
 EVERY = 50  # steps between checkpoints

@@ -92,8 +92,8 @@ def measure(rounds: int) -> dict[str, Any]:
             for what, module in {
                 "python": "sys",
                 "torch": "torch",
-                "a rank": "mpicdsgd.run, mpicdsgd.cli",
-                "a writer of checkpoints": "mpicdsgd.writerprocess",
+                "a rank": "mpicdsgd.runs.run, mpicdsgd.cli.parser",
+                "a writer of checkpoints": "mpicdsgd.checkpoints.writer_process",
             }.items()
         }
     if found["torch"] is None:

@@ -3,7 +3,7 @@
     mpiexec -n 4 python bench/checkpoints_job.py steps|write|start CASE RESULT
 
 CASE is JSON: settings of `mpicdsgd train jobs/mnist.toml`, and rounds, steps and the like.
-Everything goes through `run.Run`, as in `mpicdsgd train`.
+Everything goes through `runs.run.Run`, as in `mpicdsgd train`.
 """
 
 import time
@@ -23,10 +23,11 @@ import contenders  # noqa: E402
 import numpy as np  # noqa: E402
 from mpi4py import MPI  # noqa: E402
 
-from mpicdsgd import checkpoint, manifest, state  # noqa: E402
-from mpicdsgd.data.feed import to_device  # noqa: E402
-from mpicdsgd.run import Run  # noqa: E402
-from mpicdsgd.runconfig import load_config  # noqa: E402
+from mpicdsgd.checkpoints import manifest  # noqa: E402
+from mpicdsgd.data.prefetch import to_device  # noqa: E402
+from mpicdsgd.runs import agent_state  # noqa: E402
+from mpicdsgd.runs.config import load_config  # noqa: E402
+from mpicdsgd.runs.run import Run  # noqa: E402
 
 IMPORTED = time.monotonic()
 CONFIG = common.HERE.parent / "jobs" / "mnist.toml"
@@ -84,7 +85,7 @@ class Trainer:
         return time.perf_counter()
 
     def written(self) -> tuple[int, int]:
-        """Files and bytes of the newest checkpoint."""
+        """Files and bytes of the newest reading."""
         place = manifest.places(self.run._dir)[0]
         sizes = [path.stat().st_size for path in place.folder.iterdir()]
         return len(sizes), sum(sizes)
@@ -137,7 +138,7 @@ def write(case: Case) -> Case:
         made.finish()
         (checkpoint_s,) = made.most(time.perf_counter() - start)
         made.settle()
-        arrays = state.capture_arrays(run.optimizer, run.model)
+        arrays = agent_state.capture_arrays(run.optimizer, run.model)
         start = made.together()
         with open(path, "wb") as file:
             for array in arrays.values():
@@ -162,7 +163,7 @@ def start(case: Case) -> Case:
     With "save" a checkpoint is written then.
     """
     reading = [0.0]
-    read = checkpoint.read_newest
+    read = reading.read_newest
 
     def timed(*args: Any, **more: Any) -> Any:
         began = time.perf_counter()
@@ -170,7 +171,7 @@ def start(case: Case) -> Case:
         reading[0] += time.perf_counter() - began
         return found
 
-    checkpoint.read_newest = timed
+    reading.read_newest = timed
     made = Trainer(case)
     ready = time.monotonic()
     made.steps(1)

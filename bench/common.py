@@ -26,10 +26,10 @@ import numpy as np
 import torch
 
 import mpicdsgd
-from mpicdsgd import gpu as gpus
-from mpicdsgd import native
-from mpicdsgd.arena import Arena, Coefficients
-from mpicdsgd.gpu import kernels
+from mpicdsgd.kernels import gpu as gpus
+from mpicdsgd.kernels import native
+from mpicdsgd.kernels.arena import Arena, Coefficients
+from mpicdsgd.kernels.gpu import compiled
 
 HERE = Path(__file__).parent
 ALPHA, MU = 0.01, 0.9
@@ -93,7 +93,7 @@ def gpu_provenance(gpu: Any, emulated: bool) -> Record:
             "cuda of the driver": runtime.driverGetVersion(),
             "driver": _driver(),
         }
-        built = kernels.built()
+        built = compiled.built()
         record["kernels"] = "compiled at first use" if built is None else built.name
     if (mpi := sys.modules.get("mpi4py.MPI")) is not None:
         versions["mpi"] = mpi.Get_library_version().split("\n")[0].strip("\0 ")

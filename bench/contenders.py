@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 import mpicdsgd
-from mpicdsgd import native
+from mpicdsgd.kernels import native
 
 # Gloo moves data by threads of its own. Here it goes over the loopback, without a host's name.
 STORE = "127.0.0.1"

@@ -31,9 +31,9 @@ TESTS = common.HERE.parent / "tests"
 sys.path.insert(0, str(TESTS))
 import openmpi  # noqa: E402, in the tests' folder
 
-from mpicdsgd import record  # noqa: E402
-from mpicdsgd.runconfig import load_config  # noqa: E402
-from mpicdsgd.simulation import Simulation  # noqa: E402
+from mpicdsgd.runs import metrics_file  # noqa: E402
+from mpicdsgd.runs.config import load_config  # noqa: E402
+from mpicdsgd.simulation.simulation import Simulation  # noqa: E402
 
 GRAPHS = [("ring", 4), ("complete", 5), ("torus:2x3", 6), ("ring", 6), ("torus:2x2", 4)]
 GRAPHS += [("complete", 4), ("ring", 5), ("complete", 6)]
@@ -89,7 +89,7 @@ def train(graph: str, n: int, plan: list[common.Record], seed: int, epochs: int)
             code, told = done.returncode, done.stderr
         except subprocess.TimeoutExpired as late:
             told = (late.stderr or b"").decode(errors="replace")
-        lines = record.read(Path(folder) / "run") if code == 0 else []
+        lines = metrics_file.read(Path(folder) / "run") if code == 0 else []
     went_on = [
         {"dead": dead, "agents": int(left), "step": int(step), "seconds": float(seconds)}
         for dead, left, step, seconds in _WENT_ON.findall(told)

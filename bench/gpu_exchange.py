@@ -24,7 +24,7 @@ import common
 import torch
 
 import mpicdsgd
-from mpicdsgd.gpu.update import DeviceUpdate
+from mpicdsgd.kernels.gpu.update import DeviceUpdate
 
 WAYS = ("direct", "staged", "neighbor")
 GOAL = 5.0  # staged over direct

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from common import ALPHA, MU, Buffers, Seconds
 
-from mpicdsgd import native
-from mpicdsgd.gpu.update import DeviceUpdate
-from mpicdsgd.native import SEGMENT
+from mpicdsgd.kernels import native
+from mpicdsgd.kernels.gpu.update import DeviceUpdate
+from mpicdsgd.kernels.native import SEGMENT
 
 DEGREES = (*range(9), 12)
 HALF_DEGREES = (2, 4)  # of the 16-bit wires
@@ -46,7 +46,7 @@ def bytes_of(degree: int, wire: str) -> int:
 
 
 def on_host(tensor: torch.Tensor) -> np.ndarray:
-    """A copy, as `native.update` takes it."""
+    """A copy, as `kernels.native.update` takes it."""
     halves = tensor.dtype != torch.float32
     values = (tensor.view(torch.int16) if halves else tensor).detach().cpu().clone().numpy()
     return values.view(np.uint16) if halves else values

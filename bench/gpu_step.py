@@ -27,11 +27,11 @@ import numpy as np
 import torch
 
 import mpicdsgd
-from mpicdsgd import models
-from mpicdsgd.data.feed import to_device
 from mpicdsgd.data.loading import Data, DataConfig, load
+from mpicdsgd.data.prefetch import to_device
 from mpicdsgd.data.samples import ArraySamples, Batch
 from mpicdsgd.data.shuffle import Shuffler
+from mpicdsgd.models import networks
 
 SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 CLASSES = 10
@@ -68,7 +68,7 @@ class Trainer:
         optimizer: Callable[[Iterator[torch.nn.Parameter]], Any],
     ) -> None:
         torch.manual_seed(0)
-        self.model = models.cnn(data.input_shape, CLASSES).to(agents.device)
+        self.model = networks.cnn(data.input_shape, CLASSES).to(agents.device)
         self.optimizer = optimizer(self.model.parameters())
         self._batches = endless(data, agents, batch_size)
         self.loss = torch.zeros(())

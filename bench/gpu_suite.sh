@@ -102,7 +102,7 @@ phase "build" 180 "${pip[@]}" -v --no-build-isolation -C build-dir="$scratch/bui
 # The bits of the host's compiled kernel are what the GPU's are compared with.
 phase "host kernel" 60 python -c '
 import sys
-from mpicdsgd import native
+from mpicdsgd.kernels import native
 print(native.backend, native.isa, native.reason)
 sys.exit(native.backend != "compiled")' || tail -n 1 "$log"
 phase "dependencies" 60 python -c '
@@ -121,7 +121,7 @@ from mpi4py import MPI
 assert MPI.COMM_WORLD.allreduce(1) == 2
 print(MPI.Get_library_version().splitlines()[0])' || mpi=
 if [ -z "$mpi" ]; then echo "    without an MPI library there is little to do: give mpich's wheel"; fi
-reason=$(python -c 'from mpicdsgd import gpu; print(gpu.why_not())')
+reason=$(python -c 'from mpicdsgd.kernels import gpu; print(gpu.why_not())')
 if [ -z "$has_gpu$reason" ]; then reason="torch finds no GPU"; fi
 
 # pyproject.toml sets a limit for each test, which is a plugin's.

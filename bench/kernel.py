@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from common import ALPHA, MU, Seconds, spread
 
-from mpicdsgd import native
-from mpicdsgd.exchange.memory import PAGE, staggered
+from mpicdsgd.comm.exchange.buffer_layout import PAGE, staggered
+from mpicdsgd.kernels import native
 
 HERE = Path(__file__).parent
 DEGREES = (0, 1, 2, 3, 4, 6, 8, 9, 12, 16)

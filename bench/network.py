@@ -42,7 +42,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import mpicdsgd
-from mpicdsgd import models
+from mpicdsgd.models import networks
 
 LOCAL, SHIFT, DDP, SERVER = "local", "one-way shift", "DDP", "parameter server"
 RING, ONE_PEER = "ours, ring", "ours, one-peer"
@@ -211,10 +211,10 @@ def cases(quick: bool) -> dict[str, tuple[Callable[[], torch.nn.Module], int, in
     """Model, batch size, rounds and those of the parameter server, by name."""
 
     def mlp() -> torch.nn.Module:
-        return models.mlp(IMAGE, CLASSES, hidden=[192 if quick else WIDTH] * 3)
+        return networks.mlp(IMAGE, CLASSES, hidden=[192 if quick else WIDTH] * 3)
 
     def cnn() -> torch.nn.Module:
-        return models.cnn(IMAGE, CLASSES)
+        return networks.cnn(IMAGE, CLASSES)
 
     if quick:
         return {"mlp": (mlp, 8, 3, 1), "cnn": (cnn, 4, 1, 1)}

@@ -35,8 +35,8 @@ from paper_curves import curves, summary
 from paper_part import Part
 from paper_runs import DATA_TITLES, SCALES, TITLES, Setup, setups
 
-from mpicdsgd.errors import UserError
-from mpicdsgd.specs import graph_from_spec, mixing_from_spec
+from mpicdsgd.common.errors import UserError
+from mpicdsgd.graphs.specs import graph_from_spec, mixing_from_spec
 
 Place = tuple[str, str, str]  # data set, experiment, label
 _WHERE = "Name folders that have mnist/, cifar-10-batches-bin/, ... by --data or MPICDSGD_DATA"

@@ -1,9 +1,9 @@
 """Proposition 1 beside every CDSGD run of `paper.py`: how far the agents may be apart, and are.
 
 |X - 1 s|, the root of the agents' summed squared distances from their mean s, is in the metrics at
-every evaluation. The bound is `bounds.consensus_bound` with the run's own step sizes and L, the
-largest norm of all agents' gradients together that any of its steps had, from the run's trace. With
-a fixed step it rises to the proposition's radius alpha L / gap.
+every evaluation. The bound is `theory.bounds.consensus_bound` with the run's own step sizes and
+L, the largest norm of all agents' gradients together that any of its steps had, from the run's
+trace. With a fixed step it rises to the proposition's radius alpha L / gap.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import common
 import numpy as np
 from paper_table import table
 
-from mpicdsgd import bounds, record, trace
-from mpicdsgd.specs import graph_from_spec, mixing_from_spec
+from mpicdsgd.graphs.specs import graph_from_spec, mixing_from_spec
+from mpicdsgd.runs import metrics_file, trace
+from mpicdsgd.theory import bounds
 
 _ROUNDING = 1e-6  # of a distance in float32
 
@@ -53,7 +54,7 @@ def beside(folder: Path, settings: common.Record, agents: int) -> Radius:
     spectrum = mixing_from_spec(settings["agents"]["mixing"], graph).spectrum
     L = float(np.sqrt(steps.gradient.max()))
     bound = bounds.consensus_bound(steps.lr, L, spectrum)
-    lines = record.read(folder)
+    lines = metrics_file.read(folder)
     measured = np.array([line["consensus"]["rms"] * np.sqrt(agents) for line in lines])
     limit = bound[[line["step"] for line in lines]]
     factor = limit / measured

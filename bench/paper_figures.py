@@ -13,7 +13,7 @@ import numpy as np
 from paper_curves import Array, Curves
 from paper_runs import TITLES
 
-from mpicdsgd.figures import COLOURS, INK, save
+from mpicdsgd.common.figures import COLOURS, INK, save
 
 SMOOTH = 5  # evaluations of the moving average, over which the paper smooths the variance, too
 _STYLES = ("-", "--", ":")

@@ -8,8 +8,8 @@ from paper_part import CLASSES, SHAPES, Part
 from paper_rules import EQUAL
 from paper_table import table
 
-from mpicdsgd import models
-from mpicdsgd.errors import UserError
+from mpicdsgd.common.errors import UserError
+from mpicdsgd.models import build
 
 # Whom an agent exchanges with, and whether on a graph of one's own choice (Table 1's C.C.T.).
 _PEERS = {
@@ -88,9 +88,9 @@ def properties(part: Part) -> list[str]:
 
 def _model_bytes(data: str, settings: common.Record) -> int:
     """float32 parameters of the model; 0 where it is not known."""
-    config = models.ModelConfig(**settings["model"])
+    config = build.ModelConfig(**settings["model"])
     try:
-        model = models.build(config, SHAPES[data], CLASSES[data])
+        model = build.build(config, SHAPES[data], CLASSES[data])
     except (UserError, KeyError):
         return 0
     return 4 * sum(p.numel() for p in model.parameters())

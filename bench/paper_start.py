@@ -23,11 +23,11 @@ from pathlib import Path
 import common
 from paper_runs import SCALES, Setup
 
-from mpicdsgd import record
-from mpicdsgd.algorithms.settings import needs_server
-from mpicdsgd.errors import UserError
-from mpicdsgd.runconfig import as_json, check, load_config
-from mpicdsgd.specs import graph_from_spec, mixing_from_spec
+from mpicdsgd.algorithms.config import needs_server
+from mpicdsgd.common.errors import UserError
+from mpicdsgd.graphs.specs import graph_from_spec, mixing_from_spec
+from mpicdsgd.runs import metrics_file
+from mpicdsgd.runs.config import as_json, check, load_config
 
 CONFIG = common.HERE.parent / "jobs" / "mnist.toml"
 # Not part of what a run is: where it lies and how much of it is kept.
@@ -123,7 +123,7 @@ def metrics(run: Run) -> list[common.Record]:
     if note is None or note["settings"] != run.settings:
         return []
     try:
-        lines = record.read(run.folder)
+        lines = metrics_file.read(run.folder)
     except UserError:
         return []
     whole = lines and lines[-1]["epoch"] >= run.settings["run"]["epochs"]

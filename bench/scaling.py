@@ -32,7 +32,8 @@ import scaling_job
 import scaling_model as theory
 
 import mpicdsgd
-from mpicdsgd import figures, models
+from mpicdsgd.common import figures
+from mpicdsgd.models import build
 
 GRAPHS = ("ring", "torus", "one-peer exponential", "exponential", "complete")
 TRANSPORTS = ("direct", "neighbor")
@@ -269,7 +270,7 @@ def arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--agents", type=int, nargs="+", help="default: 1 2 4 8 16; quick: 1 3 4")
-    add("--model", default="mlp", help=f"{', '.join(models.MODELS)} or package.module:factory")
+    add("--model", default="mlp", help=f"{', '.join(build.MODELS)} or package.module:factory")
     add("--input", type=int, nargs="+", default=[1, 28, 28], help="a sample's shape: 1 28 28")
     add("--batch", type=int, default=32, help="weak scaling: samples of an agent; 32")
     add("--total", type=int, help="strong scaling: samples of all; 256, of many agents 8 for each")
@@ -295,7 +296,7 @@ def arguments() -> argparse.Namespace:
     if args.agents[0] < 1 or args.batch < 1 or args.total < args.agents[-1]:
         parser.error("at least one agent, and one sample for each, are needed")
     try:  # before all the jobs
-        models.build(models.ModelConfig(args.model), tuple(args.input), scaling_job.CLASSES)
+        build.build(build.ModelConfig(args.model), tuple(args.input), scaling_job.CLASSES)
         if args.plot:
             figures.check_suffix(args.plot)
     except mpicdsgd.UserError as error:

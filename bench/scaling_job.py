@@ -24,7 +24,7 @@ from contenders import Contender
 from torch.nn import functional
 
 import mpicdsgd
-from mpicdsgd import models
+from mpicdsgd.models import build
 
 MODES = ("weak", "strong")
 MOST_COMPLETE = 16  # agents
@@ -60,7 +60,7 @@ class CountedComm:
 
 def count_messages() -> np.ndarray:
     """Messages and bytes that exchanges made from now on give to MPI, as they grow. Local."""
-    from mpicdsgd.exchange.messages import Messages
+    from mpicdsgd.comm.exchange.messages import Messages
 
     counts = np.zeros(2)
     make: Any = Messages.__init__
@@ -219,11 +219,11 @@ class Case:
 def measure_steps(args: argparse.Namespace, comm: Any, say: Any) -> None:
     """All graphs and transports on this job's ranks, taking turns. Collective."""
     n = comm.size
-    config = models.ModelConfig(args.model)
+    config = build.ModelConfig(args.model)
     batches = {"weak": args.batch, "strong": args.total // n + (comm.rank < args.total % n)}
 
     def make() -> Any:
-        return models.build(config, tuple(args.input), CLASSES)
+        return build.build(config, tuple(args.input), CLASSES)
 
     torch.manual_seed(1 + comm.rank)
     data = {mode: (torch.randn(size, *args.input), torch.randint(CLASSES, (size,)))
@@ -364,7 +364,7 @@ def exchange_s(
     agents: Any, transport: str, size: int, rounds: int
 ) -> tuple[list[float], theory.Place]:
     """Seconds of one exchange on the slowest rank, in every round. Collective."""
-    from mpicdsgd.exchange import open_exchange
+    from mpicdsgd.comm.exchange.opening import open_exchange
 
     config = mpicdsgd.ExchangeConfig(transport=transport, timeout_s=120.0)
     exchange = open_exchange(agents, size, config)

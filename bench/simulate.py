@@ -21,9 +21,10 @@ from typing import Any
 import common
 import torch
 
-from mpicdsgd import native, record
-from mpicdsgd.runconfig import load_config
-from mpicdsgd.simulation import Simulation
+from mpicdsgd.kernels import native
+from mpicdsgd.runs import metrics_file
+from mpicdsgd.runs.config import load_config
+from mpicdsgd.simulation.simulation import Simulation
 
 CONFIG = common.HERE.parent / "jobs" / "logistic.toml"
 GOAL_S = 120.0  # of the 1,024 agents' 1,000 steps, on two cores
@@ -57,7 +58,7 @@ def run(case: Case) -> dict[str, Any]:
         ready = time.perf_counter()
         last = simulation.run()
         end = time.perf_counter()
-        lines = len(record.read(Path(folder)))
+        lines = len(metrics_file.read(Path(folder)))
     return {
         "agents": case.agents,
         "steps": simulation.total_steps,

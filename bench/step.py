@@ -36,7 +36,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import mpicdsgd
-from mpicdsgd import models
+from mpicdsgd.models import networks
 
 try:
     from decent_dp.ddp import DecentralizedDataParallel
@@ -243,11 +243,11 @@ def cases(size: int, quick: bool) -> dict[str, tuple[Callable[[], torch.nn.Modul
     return {
         "layer": (lambda: torch.nn.Linear(side, side), batch(8, (side,), side)),
         "mlp": (
-            lambda: models.mlp(IMAGE, CLASSES, hidden=[width] * 3),
+            lambda: networks.mlp(IMAGE, CLASSES, hidden=[width] * 3),
             batch(32, IMAGE, CLASSES),
         ),
         "cnn": (
-            lambda: models.cnn(IMAGE, CLASSES),
+            lambda: networks.cnn(IMAGE, CLASSES),
             batch(4 if quick else CNN_BATCH, IMAGE, CLASSES),
         ),
     }

@@ -25,12 +25,13 @@ import numpy as np
 import theory_figures
 from numpy.typing import NDArray
 
-from mpicdsgd import bounds, theory, trace
 from mpicdsgd.data import load_everyone
-from mpicdsgd.runconfig import Config, load_config
-from mpicdsgd.simulation import Simulation
-from mpicdsgd.specs import graph_from_spec, mixing_from_spec
-from mpicdsgd.theoryreport import report
+from mpicdsgd.graphs.specs import graph_from_spec, mixing_from_spec
+from mpicdsgd.runs import trace
+from mpicdsgd.runs.config import Config, load_config
+from mpicdsgd.simulation.simulation import Simulation
+from mpicdsgd.theory import bounds, formulas
+from mpicdsgd.theory.report import report
 
 JOBS = common.HERE.parent / "jobs"
 MATRICES = (
@@ -100,7 +101,7 @@ def consensus(scratch: Path, quick: bool) -> common.Record:
                 "distance": float(np.linalg.norm(X - X.mean(axis=0))),
                 "L": L,
                 "L_at_end": float(np.sqrt(gradient[-1])),
-                "radius": theory.consensus_radius(alpha, L, spectrum).corrected,
+                "radius": formulas.consensus_radius(alpha, L, spectrum).corrected,
             })  # fmt: skip
     return {"agents": 64, "rows": rows}
 
@@ -201,7 +202,7 @@ def _bound(folder: Path, made: Config, begin: float) -> Floats | None:
     """`bounds.distance_bound` with this run's constants, where its steps are small enough."""
     seen = trace.read(folder)
     spectra = [np.linalg.eigvalsh(u.T @ u / len(u)) for u, _ in _shares(made, 16)]
-    constants = theory.Constants(
+    constants = formulas.Constants(
         gamma_m=float(max(s[-1] for s in spectra)), H_m=float(min(s[0] for s in spectra))
     )
     mixing = mixing_from_spec(made.agents.mixing, graph_from_spec(made.agents.topology, 16))

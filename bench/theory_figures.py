@@ -9,7 +9,7 @@ import common
 import numpy as np
 from paper_table import table
 
-from mpicdsgd.figures import COLOURS, INK, save
+from mpicdsgd.common.figures import COLOURS, INK, save
 
 _SHOWN = ("ring lazy:metropolis", "complete uniform", "chain lazy:metropolis")
 

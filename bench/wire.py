@@ -32,7 +32,7 @@ import contenders
 import numpy as np
 
 import mpicdsgd
-from mpicdsgd.runconfig import load_config
+from mpicdsgd.runs.config import load_config
 
 RANKS = 5
 WIRES = ("float32", "bfloat16", "float16")
@@ -82,7 +82,7 @@ def run(settings: Sequence[str]) -> Figures:
     """The figures of one run, the same on all ranks. Collective over COMM_WORLD."""
     from mpi4py import MPI
 
-    from mpicdsgd.run import Run
+    from mpicdsgd.runs.run import Run
 
     comm = MPI.COMM_WORLD
     with tempfile.TemporaryDirectory(prefix="mpicdsgd-wire-") as own:

@@ -10,7 +10,7 @@ fi
 [ -x .venv/bin/python ] || "$venv_python" -m venv .venv
 # shellcheck disable=SC1091
 source .venv/bin/activate
-venv_state="$1 $PWD $(cat pyproject.toml CMakeLists.txt constraints.txt mpicdsgd/native/*.{h,cpp,cu} | cksum)"
+venv_state="$1 $PWD $(cat pyproject.toml CMakeLists.txt constraints.txt mpicdsgd/kernels/native/*.{h,cpp,cu} | cksum)"
 if [ "$(cat ".venv/installed-$1" 2>/dev/null)" != "$venv_state" ]; then
     echo "installing mpicdsgd with $1 into $PWD/.venv"
     # torch first and alone: pip then takes the pinned build before anything else asks for one.

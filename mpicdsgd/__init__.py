@@ -5,90 +5,93 @@ spawned worker processes) does not start it.
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
-import mpicdsgd.network  # noqa: F401 - before anything starts MPI
+import mpicdsgd.comm.mpich_under_slurm  # noqa: F401 - before anything starts MPI
+from mpicdsgd.common.old_names import MOVED, OldNames
 
 if TYPE_CHECKING:
-    from mpicdsgd.agents import Agents as Agents
-    from mpicdsgd.algorithms import CDMSGD as CDMSGD
-    from mpicdsgd.algorithms import CDSGD as CDSGD
-    from mpicdsgd.algorithms import EAMSGD as EAMSGD
-    from mpicdsgd.algorithms import EASGD as EASGD
-    from mpicdsgd.algorithms import MSGD as MSGD
-    from mpicdsgd.algorithms import SGD as SGD
-    from mpicdsgd.algorithms import Downpour as Downpour
-    from mpicdsgd.algorithms import FedAvg as FedAvg
-    from mpicdsgd.algorithms import GoSGD as GoSGD
-    from mpicdsgd.algorithms import GossipSGD as GossipSGD
-    from mpicdsgd.algorithms import Mixed as Mixed
-    from mpicdsgd.cycle import MixingCycle as MixingCycle
-    from mpicdsgd.cycle import alternating_matchings as alternating_matchings
-    from mpicdsgd.cycle import mixing_cycle as mixing_cycle
-    from mpicdsgd.cycle import one_peer_exponential as one_peer_exponential
-    from mpicdsgd.errors import UserError as UserError
-    from mpicdsgd.exchange import AgentFault as AgentFault
-    from mpicdsgd.exchange import AgentLeft as AgentLeft
-    from mpicdsgd.exchange import AgentMissing as AgentMissing
-    from mpicdsgd.exchange import ExchangeConfig as ExchangeConfig
-    from mpicdsgd.exchange import ExchangeError as ExchangeError
-    from mpicdsgd.exchange import OutOfStep as OutOfStep
-    from mpicdsgd.fastestmixing import fastest as fastest
-    from mpicdsgd.links.server import Server as Server
-    from mpicdsgd.mixing import MixingMatrix as MixingMatrix
-    from mpicdsgd.mixing import from_matrix as from_matrix
-    from mpicdsgd.mixing import lazy as lazy
-    from mpicdsgd.mixing import max_degree as max_degree
-    from mpicdsgd.mixing import metropolis as metropolis
-    from mpicdsgd.mixing import uniform as uniform
-    from mpicdsgd.specs import graph_from_spec as graph_from_spec
-    from mpicdsgd.specs import mixing_from_spec as mixing_from_spec
-    from mpicdsgd.topology import Graph as Graph
-    from mpicdsgd.topology import chain as chain
-    from mpicdsgd.topology import complete as complete
-    from mpicdsgd.topology import erdos_renyi as erdos_renyi
-    from mpicdsgd.topology import exponential as exponential
-    from mpicdsgd.topology import grid as grid
-    from mpicdsgd.topology import hypercube as hypercube
-    from mpicdsgd.topology import random_regular as random_regular
-    from mpicdsgd.topology import ring as ring
-    from mpicdsgd.topology import star as star
-    from mpicdsgd.topology import torus as torus
-    from mpicdsgd.topology import watts_strogatz as watts_strogatz
+    from mpicdsgd.algorithms.cdmsgd import CDMSGD as CDMSGD
+    from mpicdsgd.algorithms.cdsgd import CDSGD as CDSGD
+    from mpicdsgd.algorithms.downpour import Downpour as Downpour
+    from mpicdsgd.algorithms.easgd import EAMSGD as EAMSGD
+    from mpicdsgd.algorithms.easgd import EASGD as EASGD
+    from mpicdsgd.algorithms.fedavg import FedAvg as FedAvg
+    from mpicdsgd.algorithms.gossip import GoSGD as GoSGD
+    from mpicdsgd.algorithms.gossip import GossipSGD as GossipSGD
+    from mpicdsgd.algorithms.mixed import Mixed as Mixed
+    from mpicdsgd.algorithms.server.server import Server as Server
+    from mpicdsgd.algorithms.sgd import MSGD as MSGD
+    from mpicdsgd.algorithms.sgd import SGD as SGD
+    from mpicdsgd.comm.agents import Agents as Agents
+    from mpicdsgd.comm.exchange.errors import AgentFault as AgentFault
+    from mpicdsgd.comm.exchange.errors import AgentLeft as AgentLeft
+    from mpicdsgd.comm.exchange.errors import AgentMissing as AgentMissing
+    from mpicdsgd.comm.exchange.errors import ExchangeError as ExchangeError
+    from mpicdsgd.comm.exchange.errors import OutOfStep as OutOfStep
+    from mpicdsgd.comm.exchange.opening import ExchangeConfig as ExchangeConfig
+    from mpicdsgd.common.errors import UserError as UserError
+    from mpicdsgd.graphs.fastest_mixing import fastest as fastest
+    from mpicdsgd.graphs.graph import Graph as Graph
+    from mpicdsgd.graphs.mixing_cycle import MixingCycle as MixingCycle
+    from mpicdsgd.graphs.mixing_cycle import alternating_matchings as alternating_matchings
+    from mpicdsgd.graphs.mixing_cycle import mixing_cycle as mixing_cycle
+    from mpicdsgd.graphs.mixing_cycle import one_peer_exponential as one_peer_exponential
+    from mpicdsgd.graphs.mixing_matrix import MixingMatrix as MixingMatrix
+    from mpicdsgd.graphs.mixing_rules import from_matrix as from_matrix
+    from mpicdsgd.graphs.mixing_rules import lazy as lazy
+    from mpicdsgd.graphs.mixing_rules import max_degree as max_degree
+    from mpicdsgd.graphs.mixing_rules import metropolis as metropolis
+    from mpicdsgd.graphs.mixing_rules import uniform as uniform
+    from mpicdsgd.graphs.specs import graph_from_spec as graph_from_spec
+    from mpicdsgd.graphs.specs import mixing_from_spec as mixing_from_spec
+    from mpicdsgd.graphs.topologies import chain as chain
+    from mpicdsgd.graphs.topologies import complete as complete
+    from mpicdsgd.graphs.topologies import erdos_renyi as erdos_renyi
+    from mpicdsgd.graphs.topologies import exponential as exponential
+    from mpicdsgd.graphs.topologies import grid as grid
+    from mpicdsgd.graphs.topologies import hypercube as hypercube
+    from mpicdsgd.graphs.topologies import random_regular as random_regular
+    from mpicdsgd.graphs.topologies import ring as ring
+    from mpicdsgd.graphs.topologies import star as star
+    from mpicdsgd.graphs.topologies import torus as torus
+    from mpicdsgd.graphs.topologies import watts_strogatz as watts_strogatz
 
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
-    "agents": ["Agents"],
-    "algorithms": [
-        "CDMSGD",
-        "CDSGD",
-        "EAMSGD",
-        "EASGD",
-        "MSGD",
-        "SGD",
-        "Downpour",
-        "FedAvg",
-        "GoSGD",
-        "GossipSGD",
-        "Mixed",
-    ],
-    "cycle": ["MixingCycle", "alternating_matchings", "mixing_cycle", "one_peer_exponential"],
-    "errors": ["UserError"],
-    "exchange": [
+    "algorithms.cdmsgd": ["CDMSGD"],
+    "algorithms.cdsgd": ["CDSGD"],
+    "algorithms.downpour": ["Downpour"],
+    "algorithms.easgd": ["EAMSGD", "EASGD"],
+    "algorithms.fedavg": ["FedAvg"],
+    "algorithms.gossip": ["GoSGD", "GossipSGD"],
+    "algorithms.mixed": ["Mixed"],
+    "algorithms.server.server": ["Server"],
+    "algorithms.sgd": ["MSGD", "SGD"],
+    "comm.agents": ["Agents"],
+    "comm.exchange.errors": [
         "AgentFault",
         "AgentLeft",
         "AgentMissing",
-        "ExchangeConfig",
         "ExchangeError",
         "OutOfStep",
     ],
-    "fastestmixing": ["fastest"],
-    "links.server": ["Server"],
-    "mixing": ["MixingMatrix", "from_matrix", "lazy", "max_degree", "metropolis", "uniform"],
-    "specs": ["graph_from_spec", "mixing_from_spec"],
-    "topology": [
-        "Graph",
+    "comm.exchange.opening": ["ExchangeConfig"],
+    "common.errors": ["UserError"],
+    "graphs.fastest_mixing": ["fastest"],
+    "graphs.graph": ["Graph"],
+    "graphs.mixing_cycle": [
+        "MixingCycle",
+        "alternating_matchings",
+        "mixing_cycle",
+        "one_peer_exponential",
+    ],
+    "graphs.mixing_matrix": ["MixingMatrix"],
+    "graphs.mixing_rules": ["from_matrix", "lazy", "max_degree", "metropolis", "uniform"],
+    "graphs.specs": ["graph_from_spec", "mixing_from_spec"],
+    "graphs.topologies": [
         "chain",
         "complete",
         "erdos_renyi",
@@ -108,6 +111,8 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
+    if f"{__name__}.{name}" in MOVED:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'mpicdsgd' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"mpicdsgd.{_HOME[name]}"), name)
@@ -117,3 +122,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+sys.meta_path.append(OldNames())

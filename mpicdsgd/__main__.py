@@ -2,6 +2,6 @@
 
 import sys
 
-from mpicdsgd.cli import main
+from mpicdsgd.cli.parser import main
 
 sys.exit(main())

@@ -20,11 +20,11 @@ from typing import Any, Literal
 
 import torch
 
-from mpicdsgd.agents import Agents
-from mpicdsgd.algorithms.forms import check_nesterov, with_momentum
-from mpicdsgd.arena import Coefficients
-from mpicdsgd.exchange import ExchangeConfig
-from mpicdsgd.optim import AgentOptimizer
+from mpicdsgd.algorithms.local_steps import check_nesterov, with_momentum
+from mpicdsgd.algorithms.optimizer import AgentOptimizer
+from mpicdsgd.comm.agents import Agents
+from mpicdsgd.comm.exchange.opening import ExchangeConfig
+from mpicdsgd.kernels.arena import Coefficients
 
 
 class CDMSGD(AgentOptimizer):
@@ -38,7 +38,7 @@ class CDMSGD(AgentOptimizer):
             steps, where the next gradient is taken; evaluate it under ``with opt.evaluating():``.
         weight_decay: lambda >= 0; the gradient becomes g + lambda x (with look-ahead, of the
             point where the gradient is taken).
-        agents, rounds, buffers, exchange, debug: see `mpicdsgd.optim.AgentOptimizer`.
+        agents, rounds, buffers, exchange, debug: see `optimizer.AgentOptimizer`.
     """
 
     has_momentum = True

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from mpicdsgd.agents import Agents
-from mpicdsgd.algorithms.forms import plain
-from mpicdsgd.arena import Coefficients
-from mpicdsgd.exchange import ExchangeConfig
-from mpicdsgd.optim import AgentOptimizer
+from mpicdsgd.algorithms.local_steps import plain
+from mpicdsgd.algorithms.optimizer import AgentOptimizer
+from mpicdsgd.comm.agents import Agents
+from mpicdsgd.comm.exchange.opening import ExchangeConfig
+from mpicdsgd.kernels.arena import Coefficients
 
 
 class CDSGD(AgentOptimizer):
@@ -27,7 +27,7 @@ class CDSGD(AgentOptimizer):
         params: parameters or groups of them, as for `torch.optim.SGD`.
         lr: step size alpha, >= 0.
         weight_decay: lambda >= 0; the gradient becomes g + lambda x.
-        agents, rounds, buffers, exchange, debug: see `mpicdsgd.optim.AgentOptimizer`.
+        agents, rounds, buffers, exchange, debug: see `optimizer.AgentOptimizer`.
     """
 
     def __init__(

@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mpicdsgd.agents import Agents
-from mpicdsgd.algorithms.checks import at_least_one, seconds
-from mpicdsgd.algorithms.forms import plain
-from mpicdsgd.arena import Coefficients
-from mpicdsgd.errors import UserError
-from mpicdsgd.exchange import ExchangeConfig
-from mpicdsgd.links.served import Downpour as Link
-from mpicdsgd.links.server import Server
-from mpicdsgd.optim import AgentOptimizer
+from mpicdsgd.algorithms.hyperparameters import at_least_one, seconds
+from mpicdsgd.algorithms.local_steps import plain
+from mpicdsgd.algorithms.optimizer import AgentOptimizer
+from mpicdsgd.algorithms.server.client import Downpour as Link
+from mpicdsgd.algorithms.server.server import Server
+from mpicdsgd.comm.agents import Agents
+from mpicdsgd.comm.exchange.opening import ExchangeConfig
+from mpicdsgd.common.errors import UserError
+from mpicdsgd.kernels.arena import Coefficients
 
 
 class Downpour(AgentOptimizer):
@@ -40,7 +40,7 @@ class Downpour(AgentOptimizer):
         server: the job's.
         n_push, n_fetch: steps between pushes and between fetches, >= 1.
         adagrad: whether the server's step is Adagrad's (Duchi et al. 2011).
-        agents, buffers, exchange, debug: see `mpicdsgd.optim.AgentOptimizer`.
+        agents, buffers, exchange, debug: see `mpicdsgd.algorithms.optimizer.AgentOptimizer`.
     """
 
     exchange: Link

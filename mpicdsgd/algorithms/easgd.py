@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mpicdsgd.agents import Agents
-from mpicdsgd.algorithms.checks import at_least_one, seconds
-from mpicdsgd.algorithms.forms import plain, with_momentum
-from mpicdsgd.arena import Coefficients
-from mpicdsgd.errors import UserError
-from mpicdsgd.exchange import ExchangeConfig
-from mpicdsgd.links.centre import Centre
-from mpicdsgd.links.served import ServedCentre
-from mpicdsgd.links.server import Server
-from mpicdsgd.optim import AgentOptimizer
+from mpicdsgd.algorithms.elastic_centre import Centre
+from mpicdsgd.algorithms.hyperparameters import at_least_one, seconds
+from mpicdsgd.algorithms.local_steps import plain, with_momentum
+from mpicdsgd.algorithms.optimizer import AgentOptimizer
+from mpicdsgd.algorithms.server.client import ServedCentre
+from mpicdsgd.algorithms.server.server import Server
+from mpicdsgd.comm.agents import Agents
+from mpicdsgd.comm.exchange.opening import ExchangeConfig
+from mpicdsgd.common.errors import UserError
+from mpicdsgd.kernels.arena import Coefficients
 
 
 class EASGD(AgentOptimizer):
@@ -41,7 +41,7 @@ class EASGD(AgentOptimizer):
         period: tau >= 1.
         elasticity: e in (0, 1), at most 1 / N where synchronous; None: 0.9 / N.
         server: None: synchronous.
-        agents, buffers, exchange, debug: see `mpicdsgd.optim.AgentOptimizer`.
+        agents, buffers, exchange, debug: see `mpicdsgd.algorithms.optimizer.AgentOptimizer`.
     """
 
     exchange: Centre | ServedCentre

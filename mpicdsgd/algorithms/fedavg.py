@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mpicdsgd.agents import Agents
-from mpicdsgd.algorithms.checks import at_least_one, below_one, seconds
-from mpicdsgd.algorithms.forms import plain
-from mpicdsgd.arena import Coefficients
-from mpicdsgd.errors import UserError
-from mpicdsgd.exchange import ExchangeConfig
-from mpicdsgd.links.averaging import RoundAverage
-from mpicdsgd.optim import AgentOptimizer
+from mpicdsgd.algorithms.hyperparameters import at_least_one, below_one, seconds
+from mpicdsgd.algorithms.local_steps import plain
+from mpicdsgd.algorithms.optimizer import AgentOptimizer
+from mpicdsgd.algorithms.round_average import RoundAverage
+from mpicdsgd.comm.agents import Agents
+from mpicdsgd.comm.exchange.opening import ExchangeConfig
+from mpicdsgd.common.errors import UserError
+from mpicdsgd.kernels.arena import Coefficients
 
 
 class FedAvg(AgentOptimizer):
@@ -40,7 +40,7 @@ class FedAvg(AgentOptimizer):
         samples: of this agent, its weight n_k; >= 1.
         server_momentum: beta in [0, 1).
         seed: of the choice of agents, the same on all.
-        agents, buffers, exchange, debug: see `mpicdsgd.optim.AgentOptimizer`.
+        agents, buffers, exchange, debug: see `mpicdsgd.algorithms.optimizer.AgentOptimizer`.
     """
 
     exchange: RoundAverage

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mpicdsgd.agents import Agents
-from mpicdsgd.algorithms import checks
-from mpicdsgd.algorithms.checks import seconds
-from mpicdsgd.algorithms.forms import plain
-from mpicdsgd.arena import Coefficients
-from mpicdsgd.errors import UserError
-from mpicdsgd.exchange import ExchangeConfig
-from mpicdsgd.links.pairs import Pairs
-from mpicdsgd.links.push import Pushes
-from mpicdsgd.optim import AgentOptimizer
+from mpicdsgd.algorithms import hyperparameters
+from mpicdsgd.algorithms.hyperparameters import seconds
+from mpicdsgd.algorithms.local_steps import plain
+from mpicdsgd.algorithms.optimizer import AgentOptimizer
+from mpicdsgd.algorithms.pairs import Pairs
+from mpicdsgd.algorithms.pushes import Pushes
+from mpicdsgd.comm.agents import Agents
+from mpicdsgd.comm.exchange.opening import ExchangeConfig
+from mpicdsgd.common.errors import UserError
+from mpicdsgd.kernels.arena import Coefficients
 
 
 class GossipSGD(AgentOptimizer):
@@ -35,7 +35,7 @@ class GossipSGD(AgentOptimizer):
         probability: p in [0, 1], with which an agent wakes after a step to meet a neighbour.
         seed: of the draws, the same on all agents.
         agents: with an undirected graph.
-        buffers, exchange, debug: see `mpicdsgd.optim.AgentOptimizer`.
+        buffers, exchange, debug: see `mpicdsgd.algorithms.optimizer.AgentOptimizer`.
     """
 
     exchange: Pairs | Pushes
@@ -56,7 +56,7 @@ class GossipSGD(AgentOptimizer):
     ) -> None:
         name = type(self).__name__
         with agents.agreement(f"{name}()"):
-            checks.probability("probability (p)", probability)
+            hyperparameters.probability("probability (p)", probability)
             if self._link is Pairs and agents.graph.directed:
                 raise UserError(
                     "GossipSGD averages in pairs, which need an undirected graph: use another "

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mpicdsgd.agents import Agents
-from mpicdsgd.arena import Coefficients
-from mpicdsgd.exchange import ExchangeConfig
-from mpicdsgd.optim import AgentOptimizer
-from mpicdsgd.stepper import Beside
+from mpicdsgd.algorithms.optimizer import AgentOptimizer
+from mpicdsgd.algorithms.stepper import Beside
+from mpicdsgd.comm.agents import Agents
+from mpicdsgd.comm.exchange.opening import ExchangeConfig
+from mpicdsgd.kernels.arena import Coefficients
 
 
 class Mixed(AgentOptimizer):
@@ -29,7 +29,7 @@ class Mixed(AgentOptimizer):
 
     Args:
         optimizer: a torch optimizer over float32 parameters; step only through `Mixed`.
-        agents, buffers, exchange, debug: see `mpicdsgd.optim.AgentOptimizer`.
+        agents, buffers, exchange, debug: see `mpicdsgd.algorithms.optimizer.AgentOptimizer`.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Mixed(AgentOptimizer):
         return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
 
     def _penalty(self) -> torch.Tensor:
-        """P_j of `stepper.Measured`, as the parameters are; of a decoupled decay too."""
+        """P_j of `algorithms.stepper.Measured`, as the parameters are; of a decoupled decay too."""
         total = torch.zeros((), dtype=torch.float64, device=self.arena.flat.device)
         for group in self.param_groups:
             held = [p for p in group["params"] if p.requires_grad and p.numel()]

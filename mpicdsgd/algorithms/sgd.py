@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mpicdsgd.agents import Agents
-from mpicdsgd.algorithms.checks import seconds
-from mpicdsgd.algorithms.forms import check_nesterov, plain, with_momentum
-from mpicdsgd.arena import Coefficients
-from mpicdsgd.exchange import ExchangeConfig
-from mpicdsgd.links.gradients import MeanGradients
-from mpicdsgd.optim import AgentOptimizer
+from mpicdsgd.algorithms.gradient_average import MeanGradients
+from mpicdsgd.algorithms.hyperparameters import seconds
+from mpicdsgd.algorithms.local_steps import check_nesterov, plain, with_momentum
+from mpicdsgd.algorithms.optimizer import AgentOptimizer
+from mpicdsgd.comm.agents import Agents
+from mpicdsgd.comm.exchange.opening import ExchangeConfig
+from mpicdsgd.kernels.arena import Coefficients
 
 
 class SGD(AgentOptimizer):
@@ -38,7 +38,7 @@ class SGD(AgentOptimizer):
         params: parameters or groups of them, as for `torch.optim.SGD`.
         lr: step size alpha, >= 0.
         weight_decay: lambda >= 0.
-        agents, buffers, exchange, debug: see `mpicdsgd.optim.AgentOptimizer`.
+        agents, buffers, exchange, debug: see `mpicdsgd.algorithms.optimizer.AgentOptimizer`.
     """
 
     exchange: MeanGradients

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mpicdsgd.common.errors import UserError
 from mpicdsgd.data.files import first_existing, folder, read
 from mpicdsgd.data.source import Source, check_labels, from_arrays
-from mpicdsgd.errors import UserError
 
 PIXELS = 3 * 32 * 32
 

@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
+from mpicdsgd.common.errors import UserError
+from mpicdsgd.common.plugins import check_arguments, load_function
 from mpicdsgd.data.samples import DatasetSamples, Indices, Samples
 from mpicdsgd.data.source import Source, as_inputs, as_targets, count_classes, from_arrays
-from mpicdsgd.errors import UserError
-from mpicdsgd.plugins import check_arguments, load_function
 
 
 def custom(name: str, path: str, seed: int, args: Mapping[str, Any], workers: int) -> Source:

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpicdsgd.common.errors import UserError
 from mpicdsgd.data.source import Source, from_arrays
-from mpicdsgd.errors import UserError
 
 TRAIN = 1437  # of 1,797: four fifths
 FILE = "datasets/data/digits.csv.gz"  # in scikit-learn

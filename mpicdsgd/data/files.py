@@ -5,7 +5,7 @@ import os
 import zlib
 from pathlib import Path
 
-from mpicdsgd.errors import UserError
+from mpicdsgd.common.errors import UserError
 
 PIECE = 1 << 20
 

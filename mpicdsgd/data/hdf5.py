@@ -10,10 +10,10 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from mpicdsgd.common.errors import UserError
 from mpicdsgd.data.files import expand
 from mpicdsgd.data.samples import ArraySamples, Indices, Samples
 from mpicdsgd.data.source import Source, as_inputs, as_targets, count_classes
-from mpicdsgd.errors import UserError
 
 EXPECTED = "an HDF5 file with the datasets train/x, train/y, test/x and test/y"
 BLOCK_BYTES = 16 << 20

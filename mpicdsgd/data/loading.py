@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from mpicdsgd.common.errors import UserError
+from mpicdsgd.common.plugins import nearest
 from mpicdsgd.data.cifar import CIFAR10, CIFAR100, cifar
 from mpicdsgd.data.custom import custom
 from mpicdsgd.data.digits import digits
@@ -15,8 +17,6 @@ from mpicdsgd.data.partition import partition
 from mpicdsgd.data.samples import Indices, Samples
 from mpicdsgd.data.source import Source
 from mpicdsgd.data.synthetic import SYNTHETIC, synthetic
-from mpicdsgd.errors import UserError
-from mpicdsgd.plugins import nearest
 
 KNOWN = ("mnist", "cifar10", "cifar100", "digits", "hdf5", *SYNTHETIC)
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpicdsgd.common.errors import UserError
 from mpicdsgd.data.files import first_existing, folder, read
 from mpicdsgd.data.source import Source, check_labels, from_arrays
-from mpicdsgd.errors import UserError
 
 CLASSES = 10
 MEAN, STD = 0.1307, 0.3081  # of the training set's pixels in 0..1

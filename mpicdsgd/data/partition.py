@@ -5,8 +5,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from mpicdsgd.errors import UserError
-from mpicdsgd.plugins import nearest
+from mpicdsgd.common.errors import UserError
+from mpicdsgd.common.plugins import nearest
 
 KNOWN = ("iid", "contiguous", "by-class", "dirichlet")
 DIRICHLET_TRIES = 100

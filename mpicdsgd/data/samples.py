@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from mpicdsgd import stopsignals
-from mpicdsgd.errors import UserError
+from mpicdsgd.common import signals
+from mpicdsgd.common.errors import UserError
 
 Indices: TypeAlias = NDArray[np.int64]
 Batch: TypeAlias = tuple[Tensor, Tensor]
@@ -117,7 +117,7 @@ class DatasetSamples:
             sampler=list(index_arrays),
             num_workers=self.workers,
             multiprocessing_context="fork",
-            worker_init_fn=stopsignals.in_worker,
+            worker_init_fn=signals.in_worker,
             generator=torch.Generator(),  # else the loader draws from the global one
         )
         with warnings.catch_warnings():

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mpicdsgd.errors import UserError
+from mpicdsgd.common.errors import UserError
 
 
 class Shuffler:

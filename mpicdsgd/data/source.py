@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpicdsgd.common.errors import UserError
 from mpicdsgd.data.samples import ArraySamples, Indices, Samples
-from mpicdsgd.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpicdsgd.common.errors import UserError
+from mpicdsgd.common.plugins import nearest
 from mpicdsgd.data.source import Source, from_arrays
-from mpicdsgd.errors import UserError
-from mpicdsgd.plugins import nearest
 
 # Settings in data.args and their defaults; samples are each agent's.
 SYNTHETIC: dict[str, dict[str, int | float]] = {

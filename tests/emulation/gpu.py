@@ -1,4 +1,4 @@
-"""An emulated GPU with the face of `mpicdsgd.gpu.Gpu`, for machines without one.
+"""An emulated GPU with the face of `mpicdsgd.kernels.gpu.Gpu`, for machines without one.
 
 Its memory is the host's (shared files, so that other processes can import it), its streams are
 threads that run what they are given later, in order, with random pauses, and its events have

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NATIVE = HERE.parents[1] / "mpicdsgd" / "native"
+NATIVE = HERE.parents[1] / "mpicdsgd" / "kernels" / "native"
 SOURCES = [HERE / "shim.cpp", HERE / "shim.h", NATIVE / "kernel.cu", NATIVE / "update.h"]
 # The flags that update.h asks for.
 FLAGS = ["-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared"]

@@ -27,7 +27,9 @@ _replace, _pwrite = os.replace, os.pwrite
 
 def halt() -> None:
     if "signal" in PLAN:
-        rank = os.getppid() if "mpicdsgd.writerprocess" in sys.orig_argv else os.getpid()
+        rank = (
+            os.getppid() if "mpicdsgd.checkpoints.writer_process" in sys.orig_argv else os.getpid()
+        )
         for process in (rank, *_children(rank)):
             os.kill(process, signal.Signals[PLAN["signal"]])
         return

@@ -96,7 +96,8 @@ class Job:
             try:
                 words = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
                 is_writer = (
-                    b"mpicdsgd.writerprocess" in Path(f"/proc/{process}/cmdline").read_bytes()
+                    b"mpicdsgd.checkpoints.writer_process"
+                    in Path(f"/proc/{process}/cmdline").read_bytes()
                 )
             except OSError:
                 continue  # it has ended

@@ -2,7 +2,7 @@
 
 import sys
 
-if "mpicdsgd.writerprocess" in sys.orig_argv:
+if "mpicdsgd.checkpoints.writer_process" in sys.orig_argv:
     import halting
 
     halting.watch_files()

@@ -83,9 +83,9 @@ def ranks(plan: list[dict[str, Any]]) -> int:
     """
     from mpi4py import MPI
 
-    from mpicdsgd import cli
-    from mpicdsgd.links.server import Server
-    from mpicdsgd.run import Run
+    from mpicdsgd.algorithms.server.server import Server
+    from mpicdsgd.cli import parser
+    from mpicdsgd.runs.run import Run
 
     rank, codes = MPI.COMM_WORLD.rank, [0]
     halted = threading.Event()
@@ -109,11 +109,11 @@ def ranks(plan: list[dict[str, Any]]) -> int:
     for one in plan:
         command = ["train", "r.toml", *one["train"]]
         if "halt" not in one:
-            codes.append(cli.main(command))
+            codes.append(parser.main(command))
             continue
         halted.clear()
         halt_at = one["halt"] + (rank if one["apart"] else 0)
-        threading.Thread(target=cli.main, args=(command,), daemon=True).start()
+        threading.Thread(target=parser.main, args=(command,), daemon=True).start()
         while not halted.wait(0.01):
             MPI.COMM_WORLD.Iprobe()  # what halted agents sent is to arrive
     if halt_at >= 0:

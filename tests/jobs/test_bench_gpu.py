@@ -11,7 +11,7 @@ import pytest
 from emulation import shim
 from job import HERE, Ended
 
-from mpicdsgd import gpu
+from mpicdsgd.kernels import gpu
 
 BENCH = HERE.parents[1] / "bench"
 pytestmark = [

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from job import Ended
 
-from mpicdsgd.runconfig import load_config
+from mpicdsgd.runs.config import load_config
 
 ROOT = Path(__file__).parents[2]
 

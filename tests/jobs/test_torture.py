@@ -26,7 +26,7 @@ import pytest
 from job import Ended, Job
 from samerun import same_run
 
-from mpicdsgd import manifest
+from mpicdsgd.checkpoints import manifest
 
 pytestmark = pytest.mark.slow
 

@@ -83,7 +83,7 @@ def interrupted() -> None:
 
 
 def before_agents() -> None:
-    import mpicdsgd.agents  # noqa: F401
+    import mpicdsgd.comm.agents  # noqa: F401
 
     if RANK == 1:
         fail()

@@ -14,9 +14,13 @@ from pathlib import Path
 import pytest
 from mpi4py import MPI
 
-from mpicdsgd import background, gpu, owner, shutdown, stopsignals, writerprocess
-from mpicdsgd.exchange import engine
-from mpicdsgd.links import link
+from mpicdsgd.checkpoints import background_writer, writer_process
+from mpicdsgd.comm import shutdown
+from mpicdsgd.comm.exchange import exchange
+from mpicdsgd.comm.links import link
+from mpicdsgd.common import signals
+from mpicdsgd.kernels import gpu
+from mpicdsgd.runs import owner
 
 _abort = shutdown.abort  # tests that replace it may fail, too
 
@@ -52,11 +56,11 @@ def host_tests_use_no_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
 @pytest.fixture(autouse=True)
 def signals_are_the_tests_own() -> Iterator[None]:
     """``mpicdsgd train`` within a test leaves handlers, with which TERM would end no test run."""
-    before = [signal.getsignal(number) for number in stopsignals.STOP]
+    before = [signal.getsignal(number) for number in signals.STOP]
     yield
-    for number, handler in zip(stopsignals.STOP, before, strict=True):
+    for number, handler in zip(signals.STOP, before, strict=True):
         signal.signal(number, handler)
-    stopsignals.forget()
+    signals.forget()
 
 
 @pytest.fixture(autouse=True)
@@ -69,20 +73,20 @@ def nobody_owns_a_folder_that_is_gone() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def who_leaves_says_so_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second is for jobs; in a hundred tests it is two minutes."""
-    monkeypatch.setattr(engine, "_GRACE_S", 0.1)
+    monkeypatch.setattr(exchange, "_GRACE_S", 0.1)
     monkeypatch.setattr(link, "_GRACE_S", 0.1)
 
 
-class Lasting(writerprocess.WriterProcess):
+class Lasting(writer_process.WriterProcess):
     """A writer of checkpoints that goes from one run of the tests to the next, if it is idle."""
 
     jobs = 0
 
-    def _send(self, job: writerprocess.Job) -> None:
+    def _send(self, job: writer_process.Job) -> None:
         self.jobs += 1
         super()._send(job)
 
-    def answer(self, timeout_s: float | None = 0.0) -> writerprocess.Job | None:
+    def answer(self, timeout_s: float | None = 0.0) -> writer_process.Job | None:
         found = super().answer(timeout_s)
         self.jobs -= found is not None
         return found
@@ -108,7 +112,7 @@ def writers_last(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         _writers[0]._on_node = on_node
         return _writers[0]
 
-    monkeypatch.setattr(background, "WriterProcess", writer)
+    monkeypatch.setattr(background_writer, "WriterProcess", writer)
 
 
 @pytest.fixture

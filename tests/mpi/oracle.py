@@ -33,7 +33,7 @@ from mpicdsgd import (
     graph_from_spec,
     mixing_from_spec,
 )
-from mpicdsgd.cycle import Mixing
+from mpicdsgd.graphs.mixing_cycle import Mixing
 
 Matrix = NDArray[np.float64]
 Gradient = Callable[[int, Matrix], tuple[Matrix, NDArray[np.bool_]]]

@@ -151,7 +151,7 @@ def processes_on(node: str, batch: Batch) -> list[int]:
 def is_rank(process: int, rank: int) -> bool:
     folder = Path(f"/proc/{process}")
     words = (folder / "environ").read_bytes().split(b"\0")
-    is_writer = b"writerprocess" in (folder / "cmdline").read_bytes()
+    is_writer = b"writer_process" in (folder / "cmdline").read_bytes()
     return f"PMI_RANK={rank}".encode() in words and not is_writer
 
 

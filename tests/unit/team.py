@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from mpicdsgd import checkpoint
-from mpicdsgd.checkpoint import Snapshot
+from mpicdsgd.checkpoints import reading
+from mpicdsgd.checkpoints.snapshot import Keep, Snapshot
 
 
 class Team:
@@ -86,9 +86,7 @@ def write(
 ) -> list[Any]:
     def work(comm: Rank) -> Any:
         return [
-            checkpoint.write(
-                run, generation, snapshot(step, comm.rank), comm, checkpoint.Keep(keep, every)
-            )
+            reading.write(run, generation, snapshot(step, comm.rank), comm, Keep(keep, every))
             for step in steps
         ]
 
@@ -99,7 +97,7 @@ def read(run: Path, size: int = 2, expect: Any = anything) -> int | None:
     """The step that all ranks read, everything checked against what was written."""
 
     def work(comm: Rank) -> int | None:
-        found = checkpoint.read_newest(run, comm, expect)
+        found = reading.read_newest(run, comm, expect)
         return found.step if found is not None and same(found, found.step, comm.rank) else None
 
     steps = Team(size).run(work)

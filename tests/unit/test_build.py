@@ -20,7 +20,7 @@ IMPORT = """
 import sys
 sys.meta_path[:] = [f for f in sys.meta_path if "ScikitBuild" not in type(f).__name__]
 sys.path.insert(0, sys.argv[1])
-from mpicdsgd import native
+from mpicdsgd.kernels import native
 assert native.__file__.startswith(sys.argv[1]), native.__file__
 print(native.backend)
 """
@@ -61,7 +61,7 @@ def functions_cu(tmp_path):
 
 def nvcc(*arguments):
     done = subprocess.run(
-        [str(NVCC), "-arch=sm_90", "-std=c++17", f"-I{ROOT / 'mpicdsgd/native'}", *arguments],
+        [str(NVCC), "-arch=sm_90", "-std=c++17", f"-I{ROOT}/mpicdsgd/kernels/native", *arguments],
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -80,7 +80,7 @@ def test_update_h_compiles_for_the_gpu_without_contraction(functions_cu, tmp_pat
 def test_gpu_sources_include_nothing_else():
     """NVRTC has no headers to include."""
     included = {
-        name: re.findall(r"#include.*", (ROOT / "mpicdsgd/native" / name).read_text())
+        name: re.findall(r"#include.*", (ROOT / "mpicdsgd/kernels/native" / name).read_text())
         for name in ("update.h", "kernel.cu")
     }
     assert included == {"update.h": [], "kernel.cu": ['#include "update.h"']}
@@ -128,7 +128,7 @@ def test_wheel_without_a_compiler(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "target")
         names = set(archive.namelist())
-    sources = {f"mpicdsgd/native/{name}" for name in ("update.h", "kernel.cu")}
+    sources = {f"mpicdsgd/kernels/native/{name}" for name in ("update.h", "kernel.cu")}
     assert {"mpicdsgd/py.typed", *sources} <= names
     assert not any(name.endswith((".cpp", ".so", ".fatbin")) for name in names)
     done = subprocess.run(

@@ -1,10 +1,11 @@
-"""Imports point down only: every module of the package has a layer, and uses none above its own."""
+"""Imports point down only: a module may use its own package and those before it in the order."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import networkx as nx
@@ -14,48 +15,14 @@ import mpicdsgd
 
 ROOT = Path(mpicdsgd.__file__).parent
 
-# Bottom up. A module may import from its own layer (without a circle) and from those below. One
-# that is not here fails: decide where it belongs. The package itself only re-exports: no layer.
-LAYERS: list[tuple[str, set[str]]] = [
-    ("maths: no MPI, no torch", {"errors", "graph", "topology", "matrix", "mixing", "cycle",
-                                "schedule", "theory", "bounds", "fastestmixing",
-                                "extremes", "estimates", "verdicts", "course", "elastic"}),
-    ("users' files and names", {"userfiles", "_read_hdf5", "graphfiles", "matrixfiles", "specs",
-                                "plugins", "stopsignals", "remaining", "network"}),
-    ("machinery", {"native", "native.reference", "native.dispatch", "native._native", "shutdown",
-                   "agreement", "family", "agents", "arena", "exchange", "exchange.errors",
-                   "exchange.header", "exchange.helper", "exchange.memory", "exchange.messages",
-                   "exchange.neighbor", "exchange.carrier", "exchange.engine",
-                   "exchange.tokens", "exchange.shared", "exchange.hosting", "exchange.device",
-                   "exchange.direct", "exchange.staged", "exchange.routing", "exchange.probe",
-                   "gpu", "gpu.cuda", "gpu.choose", "gpu.kernels", "gpu.layouts", "gpu.update",
-                   "links", "links.waiting", "links.signals", "links.link", "links.sums",
-                   "links.gradients", "links.averaging", "links.centre", "links.pairs",
-                   "links.push", "links.rules", "links.server", "links.served",
-                   "update", "stepper"}),
-    ("algorithms", {"optim", "optimstate", "algorithms", "algorithms.cdsgd", "algorithms.cdmsgd",
-                    "algorithms.mixed", "algorithms.sgd", "algorithms.fedavg",
-                    "algorithms.easgd", "algorithms.gossip", "algorithms.downpour",
-                    "algorithms.checks", "algorithms.forms", "algorithms.settings",
-                    "algorithms.choose"}),
-    ("data and models", {"data", "data.cifar", "data.custom", "data.digits", "data.files",
-                         "data.hdf5", "data.loading", "data.mnist", "data.partition",
-                         "data.samples", "data.shuffle", "data.source", "data.feed",
-                         "data.synthetic", "data.together", "models", "evaluate",
-                         "objective", "curvature", "gradientnoise", "minimum"}),
-    ("the run", {"config", "runfolder", "identity", "owner", "manifest", "rankfile", "inspection",
-                 "checkpoint", "state",
-                 "snapshot", "memoryroom", "writerprocess", "background", "exporting",
-                 "record", "comparison", "figures", "graphplot", "graphreport",
-                 "graphsuggest", "graphtable", "plots", "progress", "measure",
-                 "runconfig", "trace", "minibatch", "marker", "stop", "runstart", "standing", "run",
-                 "survival", "job", "stacked", "tryout", "population", "onebyone",
-                 "stackedmeasure", "simulationstart", "simulation", "rebuilt", "constants",
-                 "theorycase", "theorybounds", "theoryreport", "theorytable", "theoryplot"}),
-    ("command line", {"launch", "info", "submit", "ending", "looking",
-                      "running", "cli", "__main__"}),
-]  # fmt: skip
-LAYER = {module: i for i, (_, modules) in enumerate(LAYERS) for module in modules}
+# Bottom up; docs/architecture.md says what each is for. The package itself only re-exports.
+ORDER = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["tool"]["mpicdsgd"]["packages"]
+MATHS = {  # no MPI, no torch, no files
+    "common.errors", "common.text", "graphs.graph", "graphs.topologies", "graphs.mixing_matrix",
+    "graphs.mixing_rules", "graphs.mixing_cycle", "graphs.fastest_mixing", "graphs.survivors",
+    "algorithms.schedules", "checkpoints.elastic", "runs.epochs", "theory.formulas",
+    "theory.bounds", "theory.lanczos", "theory.estimates", "theory.verdicts",
+}  # fmt: skip
 
 
 def sources() -> dict[str, Path]:
@@ -69,6 +36,9 @@ def sources() -> dict[str, Path]:
     return found
 
 
+SOURCES = sources()
+
+
 def imports(path: Path) -> set[str]:
     """Full names of all modules that a file imports anywhere, also in functions."""
     names = set()
@@ -79,7 +49,7 @@ def imports(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: relative import"
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
-                is_module = full.removeprefix("mpicdsgd.") in LAYER
+                is_module = full.removeprefix("mpicdsgd.") in SOURCES
                 version = full == "mpicdsgd.__version__"
                 names.add(full if is_module or version else str(node.module))
     return names
@@ -94,19 +64,23 @@ def own_imports(path: Path) -> set[str]:
     return {name.removeprefix("mpicdsgd.") for name in own}
 
 
-SOURCES = sources()
+def test_every_package_has_its_place() -> None:
+    assert {name.partition(".")[0] for name in SOURCES} == {*ORDER, "__main__"}
+    assert len(ORDER) == len(set(ORDER))
 
 
-def test_every_module_has_one_layer() -> None:
-    assert set(SOURCES) - set(LAYER) == set(), "place new modules in LAYERS"
-    assert set(LAYER) - set(SOURCES) - {"native._native"} == set(), "no such modules"
-    assert sum(len(modules) for _, modules in LAYERS) == len(LAYER)
+def test_the_top_is_small() -> None:
+    entries = {path.name for path in ROOT.iterdir()} - {"__pycache__"}
+    assert entries == {*ORDER, "__init__.py", "__main__.py", "py.typed"}
 
 
-@pytest.mark.parametrize("name", sorted(SOURCES))
-def test_imports_point_down(name: str) -> None:
-    above = {other for other in own_imports(SOURCES[name]) if LAYER[other] > LAYER[name]}
-    assert above == set()
+@pytest.mark.parametrize("package", ORDER)
+def test_imports_point_down(package: str) -> None:
+    above = ORDER[ORDER.index(package) + 1 :]
+    of_package = [name for name in SOURCES if name.partition(".")[0] == package]
+    for name in of_package:
+        used = {other.partition(".")[0] for other in own_imports(SOURCES[name])}
+        assert used & set(above) == set(), f"{name} imports what stands above it"
 
 
 def test_imports_make_no_circle() -> None:
@@ -118,17 +92,19 @@ def test_imports_make_no_circle() -> None:
 
 def test_the_checker_sees_what_it_should(tmp_path: Path) -> None:
     path = tmp_path / "module.py"
-    path.write_text("import os\ndef f():\n    from mpicdsgd.run import Run\n    import torch.nn\n")
-    assert imports(path) == {"os", "mpicdsgd.run", "torch.nn"}
-    assert own_imports(path) == {"run"}
-    path.write_text("from mpicdsgd import native\nfrom mpicdsgd.native import reference\n")
-    assert own_imports(path) == {"native", "native.reference"}
+    path.write_text(
+        "import os\ndef f():\n    from mpicdsgd.runs.run import Run\n    import json.tool"
+    )
+    assert imports(path) == {"os", "mpicdsgd.runs.run", "json.tool"}
+    assert own_imports(path) == {"runs.run"}
+    path.write_text("from mpicdsgd.data import files\nfrom mpicdsgd.kernels.native import update")
+    assert own_imports(path) == {"data.files", "kernels.native"}
     path.write_text("from mpicdsgd import Agents\n")
     with pytest.raises(AssertionError, match="the package itself"):
         own_imports(path)
 
 
-@pytest.mark.parametrize("name", sorted(m for m in LAYERS[0][1]))
+@pytest.mark.parametrize("name", sorted(MATHS))
 def test_maths_import_neither_mpi_nor_torch_nor_files(name: str) -> None:
     roots = {module.partition(".")[0] for module in imports(SOURCES[name])}
     assert roots & {"mpi4py", "torch", "h5py", "pathlib", "io", "os"} == set()
@@ -148,19 +124,25 @@ def loaded_after(code: str, modules: tuple[str, ...]) -> list[str]:
 
 def test_the_package_alone_loads_nothing_heavy() -> None:
     heavy = ("mpi4py.MPI", "torch", "h5py", "matplotlib", "networkx")
-    assert loaded_after("import mpicdsgd, mpicdsgd.errors", heavy) == []
+    assert loaded_after("import mpicdsgd, mpicdsgd.common.errors", heavy) == []
+
+
+def test_packages_re_export_nothing_that_starts_mpi() -> None:
+    code = "import " + ", ".join(f"mpicdsgd.{name}" for name in ORDER)
+    assert loaded_after(code, ("mpi4py.MPI",)) == []
 
 
 def test_maths_load_neither_mpi_nor_torch() -> None:
-    names = sorted(LAYERS[0][1] | LAYERS[1][1])
-    code = "import " + ", ".join(f"mpicdsgd.{name}" for name in names if name != "_read_hdf5")
+    code = "import " + ", ".join(f"mpicdsgd.{name}" for name in sorted(MATHS))
+    code += ", mpicdsgd.graphs.specs, mpicdsgd.graphs.graph_files, mpicdsgd.graphs.matrix_files"
     assert loaded_after(f"{code}\nmpicdsgd.ring(3)", ("mpi4py.MPI", "torch")) == []
 
 
 def test_what_needs_no_mpi_does_not_start_it() -> None:
     """Graphs, plots, inspect, data and models: also used by spawned workers and on login nodes."""
-    names = ["graphplot", "plots", "inspection", "data", "models", "record", "cli", "arena"]
-    names += ["graphreport", "graphsuggest", "graphtable"]
+    names = ["graphs.graph_plot", "runs.plot", "checkpoints.inspect", "data", "models.build"]
+    names += ["runs.metrics_file", "cli.parser", "kernels.arena", "cli.graph_report"]
+    names += ["cli.graph_suggest", "cli.graph_table"]
     code = "import " + ", ".join(f"mpicdsgd.{name}" for name in names)
     assert loaded_after(code, ("mpi4py.MPI",)) == []
 
@@ -177,3 +159,15 @@ def test_a_start_loads_no_compiler_and_no_toolbox(tmp_path: Path) -> None:
 def test_a_module_that_starts_mpi_is_seen() -> None:
     """The check above can fail."""
     assert loaded_after("import mpi4py.MPI", ("mpi4py.MPI", "torch")) == ["mpi4py.MPI"]
+
+
+def test_names_that_were_promised_still_work() -> None:
+    code = (
+        "import mpicdsgd.trace, mpicdsgd.bounds, mpicdsgd.theory\n"
+        "from mpicdsgd import bounds, theory, trace\n"
+        "from mpicdsgd.runs import trace as moved\n"
+        "assert mpicdsgd.trace is trace is moved and moved.__spec__.name == 'mpicdsgd.runs.trace'\n"
+        "assert callable(trace.read) and callable(bounds.consensus_bound)\n"
+        "assert callable(theory.consensus_radius) and callable(mpicdsgd.theory.Constants)"
+    )
+    assert loaded_after(code, ("mpi4py.MPI",)) == []

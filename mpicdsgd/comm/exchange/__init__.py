@@ -1,0 +1,1 @@
+"""Values over the graph's edges: begin with `opening`, then `exchange` and `transport`."""

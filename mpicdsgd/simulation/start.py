@@ -1,0 +1,204 @@
+"""What a simulation needs before its first step: a run's data, models and memory, of N agents."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mpicdsgd.algorithms.config import OptimConfig
+from mpicdsgd.algorithms.local_steps import check_nesterov, plain, with_momentum
+from mpicdsgd.algorithms.torch_schedulers import make_scheduler
+from mpicdsgd.comm.exchange.transport import WIRE_DTYPE
+from mpicdsgd.common.errors import UserError
+from mpicdsgd.data import Samples, load_everyone
+from mpicdsgd.graphs.mixing_cycle import Mixing
+from mpicdsgd.graphs.specs import graph_from_spec, mixing_from_spec
+from mpicdsgd.kernels.arena import Arena, Coefficients
+from mpicdsgd.models import build as models
+from mpicdsgd.models import losses
+from mpicdsgd.models.evaluate import evaluate
+from mpicdsgd.runs.config import Config, check
+from mpicdsgd.runs.rng import seed_generators
+from mpicdsgd.simulation.agent_stack import Stack
+from mpicdsgd.simulation.minibatches import Together
+from mpicdsgd.simulation.sequential import OneByOne
+from mpicdsgd.simulation.vmap_trial import Loss, Trial, try_out
+from mpicdsgd.simulation.vmapped import ManyAtATime
+
+log = logging.getLogger("mpicdsgd")
+
+SIMULATED = ("cdsgd", "cdmsgd", "icdsgd")
+
+
+class Hyperparameters(torch.optim.Optimizer):
+    """The one parameter group of an algorithm, as a torch scheduler takes it; it moves nothing."""
+
+    def __init__(self, defaults: dict[str, Any]) -> None:
+        super().__init__([nn.Parameter(torch.zeros(()))], defaults)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Let schedulers see that a step was made."""
+
+    @property
+    def group(self) -> dict[str, Any]:
+        return self.param_groups[0]
+
+
+@dataclass(frozen=True)
+class Start:
+    """See `prepare`.
+
+    Attributes:
+        model: for the averaged model; its parameters are in ``layout``.
+        coefficients: of a parameter group, as the algorithm's optimizer makes them.
+        population: how the agents' gradients are computed.
+        why_one_by_one: "" where they are computed many at a time.
+    """
+
+    mixing: Mixing
+    test: Samples
+    together: Together
+    model: nn.Module
+    loss_fn: Loss
+    layout: Arena
+    stack: Stack
+    population: ManyAtATime | OneByOne
+    hyperparameters: Hyperparameters
+    coefficients: Callable[[dict[str, Any]], Coefficients]
+    why_one_by_one: str
+
+    def scheduler(self, config: OptimConfig, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+        """The schedule of ``config`` over a run of so many steps."""
+        return make_scheduler(config, self.hyperparameters, steps)
+
+
+def prepare(config: Config, agents: int, one_by_one: bool) -> Start:
+    """Data, models and memory of ``agents`` agents as `runs.run.Run` would have them. Local.
+
+    Args:
+        one_by_one: compute gradients agent by agent, whatever the model.
+
+    Raises:
+        UserError: for anything wrong with the config, or what is not simulated.
+    """
+    graph = graph_from_spec(config.agents.topology, agents)
+    mixing = mixing_from_spec(config.agents.mixing, graph)
+    check(config)
+    _check(config)
+    for remark in (*graph.remarks, *mixing.remarks):
+        log.warning("%s", remark)
+    if config.agents.threads >= 1 or not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(config.agents.threads or len(os.sched_getaffinity(0)))
+
+    seed, optim = config.run.seed, config.optim
+    # Whoever loads ahead, and how many, changes no batch: here nobody does.
+    everyone = load_everyone(dataclasses.replace(config.data, workers=0), seed, agents)
+    together = Together(everyone, config.data.batch_size, seed, config.data.drop_last)
+    loss_fn = losses.loss_function(config.model)
+
+    def build(j: int) -> nn.Module:
+        seed_generators(seed, 0 if config.agents.init == "broadcast" else j + 1)
+        return models.build(config.model, everyone.input_shape, everyone.classes)
+
+    model = build(0)
+    few = np.arange(min(2, len(everyone.test)))
+    evaluate(model, everyone.test, loss_fn, len(few), few)
+    mixed = _mixed(model, config.model.buffers)
+    own = [buffer for name, buffer in model.named_buffers() if name in mixed]
+    layout = Arena(list(model.parameters()), own)
+    flat = layout.flat.repeat(agents, 1)
+    if config.agents.init == "local":
+        for j in range(1, agents):
+            _copy(build(j), mixed, layout.views_of(flat[j]))
+    has_momentum = optim.name == "cdmsgd"
+    hyperparameters = Hyperparameters(
+        {"lr": optim.lr, "weight_decay": optim.weight_decay}
+        | ({"momentum": optim.momentum} if has_momentum else {})
+    )
+    coefficients = _coefficients(optim)
+    coefficients(hyperparameters.group)
+    stack = Stack(
+        layout,
+        flat,
+        mixing,
+        wire=config.exchange.wire,
+        rounds=optim.rounds,
+        has_momentum=has_momentum,
+        look_ahead=has_momentum and optim.nesterov == "look-ahead",
+        messages=config.exchange.transport == "neighbor",
+        measuring=config.run.theory,
+    )
+    trial = Trial("the command line asks for it")
+    if not one_by_one:
+        few_agents = range(min(2, agents))
+        trial = try_out(model, loss_fn, layout, flat, together.minibatches(0, 0, few_agents))
+    population: ManyAtATime | OneByOne
+    if trial.why_not:
+        log.info("the agents' gradients are computed one by one: %s", trial.why_not)
+        of_agents = [build(j) for j in range(agents)]
+        if config.agents.init == "broadcast":
+            for other in of_agents:
+                other.load_state_dict(model.state_dict())
+        population = OneByOne(of_agents, model, loss_fn, stack, mixed, optim.clip_norm, seed)
+    else:
+        population = ManyAtATime(model, loss_fn, layout, stack, optim.clip_norm, trial)
+    return Start(
+        mixing, everyone.test, together, model, loss_fn, layout, stack, population,
+        hyperparameters, coefficients, trial.why_not,
+    )  # fmt: skip
+
+
+def _check(config: Config) -> None:
+    optim = config.optim
+    if optim.name not in SIMULATED:
+        raise UserError(
+            f'optim.name = "{optim.name}" is not simulated: simulate runs {", ".join(SIMULATED)}, '
+            "and train all others"
+        )
+    if optim.rounds < 1:
+        raise UserError(f"rounds (tau) must be at least 1, got {optim.rounds}")
+    check_nesterov(optim.nesterov)
+    if config.exchange.wire not in WIRE_DTYPE:
+        raise UserError(
+            f'exchange.wire must be one of {", ".join(WIRE_DTYPE)}, got "{config.exchange.wire}"'
+        )
+    if config.agents.device not in ("auto", "cpu"):
+        raise UserError(
+            f'agents.device = "{config.agents.device}": simulate computes on the CPU; '
+            'use "auto" or "cpu"'
+        )
+    run_dir = Path(config.run.dir)
+    if (run_dir / "checkpoints").exists():
+        raise UserError(
+            f"{run_dir} holds checkpoints of a run, whose metrics a simulation would hide: set "
+            "run.dir to another folder"
+        )
+
+
+def _coefficients(optim: OptimConfig) -> Callable[[dict[str, Any]], Coefficients]:
+    if optim.name != "cdmsgd":
+        return plain
+    return lambda group: with_momentum(group, optim.nesterov is True)
+
+
+def _mixed(model: nn.Module, buffers: str) -> frozenset[str]:
+    """Names of the buffers that are mixed as the parameters are."""
+    if buffers != "mixed":
+        return frozenset()
+    return frozenset(name for name, b in model.named_buffers() if b.dtype == torch.float32)
+
+
+@torch.no_grad()
+def _copy(model: nn.Module, mixed: frozenset[str], views: list[torch.Tensor]) -> None:
+    own = [buffer for name, buffer in model.named_buffers() if name in mixed]
+    for tensor, view in zip([*model.parameters(), *own], views, strict=True):
+        view.copy_(tensor)
