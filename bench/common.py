@@ -28,7 +28,8 @@ import torch
 import mpicdsgd
 from mpicdsgd.kernels import gpu as gpus
 from mpicdsgd.kernels import native
-from mpicdsgd.kernels.arena import Arena, Coefficients
+from mpicdsgd.kernels.arena import Arena
+from mpicdsgd.kernels.coefficients import Coefficients
 from mpicdsgd.kernels.gpu import compiled
 
 HERE = Path(__file__).parent

@@ -12,18 +12,20 @@ import mpicdsgd.comm.mpich_under_slurm  # noqa: F401 - before anything starts MP
 from mpicdsgd.common.old_names import MOVED, OldNames
 
 if TYPE_CHECKING:
-    from mpicdsgd.algorithms.cdmsgd import CDMSGD as CDMSGD
-    from mpicdsgd.algorithms.cdsgd import CDSGD as CDSGD
-    from mpicdsgd.algorithms.downpour import Downpour as Downpour
-    from mpicdsgd.algorithms.easgd import EAMSGD as EAMSGD
-    from mpicdsgd.algorithms.easgd import EASGD as EASGD
-    from mpicdsgd.algorithms.fedavg import FedAvg as FedAvg
-    from mpicdsgd.algorithms.gossip import GoSGD as GoSGD
-    from mpicdsgd.algorithms.gossip import GossipSGD as GossipSGD
     from mpicdsgd.algorithms.mixed import Mixed as Mixed
+    from mpicdsgd.algorithms.named import CDMSGD as CDMSGD
+    from mpicdsgd.algorithms.named import CDSGD as CDSGD
+    from mpicdsgd.algorithms.named import EAMSGD as EAMSGD
+    from mpicdsgd.algorithms.named import EASGD as EASGD
+    from mpicdsgd.algorithms.named import MSGD as MSGD
+    from mpicdsgd.algorithms.named import SGD as SGD
+    from mpicdsgd.algorithms.named import Downpour as Downpour
+    from mpicdsgd.algorithms.named import FedAvg as FedAvg
+    from mpicdsgd.algorithms.named import GoSGD as GoSGD
+    from mpicdsgd.algorithms.named import GossipSGD as GossipSGD
+    from mpicdsgd.algorithms.named import optimizer as optimizer
+    from mpicdsgd.algorithms.optimizer import AgentOptimizer as AgentOptimizer
     from mpicdsgd.algorithms.server.server import Server as Server
-    from mpicdsgd.algorithms.sgd import MSGD as MSGD
-    from mpicdsgd.algorithms.sgd import SGD as SGD
     from mpicdsgd.comm.agents import Agents as Agents
     from mpicdsgd.comm.exchange.errors import AgentFault as AgentFault
     from mpicdsgd.comm.exchange.errors import AgentLeft as AgentLeft
@@ -61,15 +63,22 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
-    "algorithms.cdmsgd": ["CDMSGD"],
-    "algorithms.cdsgd": ["CDSGD"],
-    "algorithms.downpour": ["Downpour"],
-    "algorithms.easgd": ["EAMSGD", "EASGD"],
-    "algorithms.fedavg": ["FedAvg"],
-    "algorithms.gossip": ["GoSGD", "GossipSGD"],
     "algorithms.mixed": ["Mixed"],
+    "algorithms.named": [
+        "CDMSGD",
+        "CDSGD",
+        "EAMSGD",
+        "EASGD",
+        "MSGD",
+        "SGD",
+        "Downpour",
+        "FedAvg",
+        "GoSGD",
+        "GossipSGD",
+        "optimizer",
+    ],
+    "algorithms.optimizer": ["AgentOptimizer"],
     "algorithms.server.server": ["Server"],
-    "algorithms.sgd": ["MSGD", "SGD"],
     "comm.agents": ["Agents"],
     "comm.exchange.errors": [
         "AgentFault",

@@ -15,62 +15,28 @@ what is already in it. (torch.optim.SGD multiplies the whole buffer by the prese
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Literal
+from dataclasses import dataclass
 
-import torch
-
-from mpicdsgd.algorithms.local_steps import check_nesterov, with_momentum
-from mpicdsgd.algorithms.optimizer import AgentOptimizer
-from mpicdsgd.comm.agents import Agents
-from mpicdsgd.comm.exchange.opening import ExchangeConfig
-from mpicdsgd.kernels.arena import Coefficients
+from mpicdsgd.algorithms.cdsgd import Consensus, check_rounds
+from mpicdsgd.algorithms.contract import setting
+from mpicdsgd.algorithms.local_steps import Momentum
+from mpicdsgd.algorithms.registry import algorithm
 
 
-class CDMSGD(AgentOptimizer):
-    """Consensus-based distributed momentum SGD as a torch optimizer. Collective over ``agents``.
+@dataclass(frozen=True)
+class CDMSGDSettings(Momentum):
+    """Settings of CDMSGD."""
 
-    Args:
-        params: parameters or groups of them, as for `torch.optim.SGD`.
-        lr: step size alpha, >= 0.
-        momentum: mu in [0, 1).
-        nesterov: True, False for Polyak, or "look-ahead": the model then holds x + mu v between
-            steps, where the next gradient is taken; evaluate it under ``with opt.evaluating():``.
-        weight_decay: lambda >= 0; the gradient becomes g + lambda x (with look-ahead, of the
-            point where the gradient is taken).
-        agents, rounds, buffers, exchange, debug: see `optimizer.AgentOptimizer`.
-    """
+    rounds: int = setting(1, "mixing rounds per step, tau")
 
-    has_momentum = True
+    def check(self) -> None:
+        super().check()
+        check_rounds(self.rounds)
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 0.01,
-        momentum: float = 0.95,
-        nesterov: bool | Literal["look-ahead"] = True,
-        weight_decay: float = 0.0,
-        *,
-        agents: Agents,
-        rounds: int = 1,
-        buffers: Iterable[torch.Tensor] = (),
-        exchange: ExchangeConfig | None = None,
-        debug: bool = False,
-    ) -> None:
-        with agents.agreement("CDMSGD()"):
-            check_nesterov(nesterov)
-        self.look_ahead = nesterov == "look-ahead"
-        self._nesterov = nesterov is True
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(
-            params,
-            defaults,
-            agents,
-            rounds=rounds,
-            buffers=buffers,
-            exchange=exchange,
-            debug=debug,
-        )
 
-    def coefficients(self, group: dict[str, Any]) -> Coefficients:
-        return with_momentum(group, self._nesterov)
+@algorithm("cdmsgd", "CDSGD with momentum", source="arXiv 1706.07880, Algorithms 2 and 3")
+class MomentumConsensus(Consensus):
+    """CDSGD's step: the momentum is the local step's."""
+
+    Settings = CDMSGDSettings
+    descends = False

@@ -8,50 +8,61 @@ per step it is i-CDSGD (arXiv 1805.12120): x <- Pi^tau x - alpha g(x).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import torch
-
-from mpicdsgd.algorithms.local_steps import plain
-from mpicdsgd.algorithms.optimizer import AgentOptimizer
-from mpicdsgd.comm.agents import Agents
-from mpicdsgd.comm.exchange.opening import ExchangeConfig
-from mpicdsgd.kernels.arena import Coefficients
+from mpicdsgd.algorithms.contract import Algorithm, Circumstances, Context, setting
+from mpicdsgd.algorithms.local_steps import Plain
+from mpicdsgd.algorithms.registry import algorithm
+from mpicdsgd.common.errors import UserError
 
 
-class CDSGD(AgentOptimizer):
-    """Consensus-based distributed SGD as a torch optimizer. Collective over ``agents``.
+@dataclass(frozen=True)
+class CDSGDSettings(Plain):
+    """Settings of CDSGD."""
 
-    Args:
-        params: parameters or groups of them, as for `torch.optim.SGD`.
-        lr: step size alpha, >= 0.
-        weight_decay: lambda >= 0; the gradient becomes g + lambda x.
-        agents, rounds, buffers, exchange, debug: see `optimizer.AgentOptimizer`.
-    """
+    rounds: int = setting(1, "mixing rounds per step, tau")
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 0.01,
-        weight_decay: float = 0.0,
-        *,
-        agents: Agents,
-        rounds: int = 1,
-        buffers: Iterable[torch.Tensor] = (),
-        exchange: ExchangeConfig | None = None,
-        debug: bool = False,
-    ) -> None:
-        defaults = {"lr": lr, "weight_decay": weight_decay}
-        super().__init__(
-            params,
-            defaults,
-            agents,
-            rounds=rounds,
-            buffers=buffers,
-            exchange=exchange,
-            debug=debug,
-        )
+    def check(self) -> None:
+        super().check()
+        check_rounds(self.rounds)
 
-    def coefficients(self, group: dict[str, Any]) -> Coefficients:
-        return plain(group)
+
+@dataclass(frozen=True)
+class ICDSGDSettings(CDSGDSettings):
+    """Settings of i-CDSGD."""
+
+    rounds: int = setting(2, "mixing rounds per step, tau")
+
+
+def check_rounds(rounds: int) -> None:
+    if rounds < 1:
+        raise UserError(f"rounds (tau) must be at least 1, got {rounds}")
+
+
+@algorithm("cdsgd", "consensus-based distributed SGD", source="arXiv 1706.07880, eq. (5)")
+class Consensus(Algorithm):
+    """x <- Pi^tau x, with the gradient in the last round. See the module."""
+
+    Settings: ClassVar[type[Any]] = CDSGDSettings
+    descends = True
+
+    def __init__(self, settings: Any, run: Circumstances) -> None:
+        super().__init__(settings, run)
+        self.posts = settings.rounds
+
+    def step(self, ctx: Context) -> None:
+        mixed = "x"
+        for _ in range(self.posts - 1):
+            ctx.update("mixed", start=mixed, mix=ctx.received())
+            ctx.publish()
+            mixed = "mixed"
+        ctx.update(start=mixed, mix=ctx.received(), gradient=True)
+        ctx.publish()
+
+
+@algorithm("icdsgd", "CDSGD with several mixing rounds", source="arXiv 1805.12120")
+class MoreConsensus(Consensus):
+    """i-CDSGD: the same, with two rounds unless told otherwise."""
+
+    Settings = ICDSGDSettings

@@ -1,4 +1,4 @@
-"""Section ``[optim]`` of a config: its keys, which algorithm has which, and what is refused."""
+"""Section ``[optim]`` of a config: its keys come from the algorithms' settings."""
 
 from __future__ import annotations
 
@@ -7,83 +7,128 @@ import difflib
 import json
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mpicdsgd.algorithms import registry
+from mpicdsgd.algorithms.contract import GRAPH, Algorithm
 from mpicdsgd.common.errors import UserError
 from mpicdsgd.common.text import printable
 
-BY_MATRIX = ("cdsgd", "cdmsgd", "icdsgd")
-_GOSSIP = ("gossip", "gosgd")
-_ELASTIC = ("easgd", "eamsgd")
-NAMES = (*BY_MATRIX, "sgd", "msgd", "fedavg", *_ELASTIC, "downpour", *_GOSSIP)
-_ONLY_OF = {  # settings that only these algorithms have
-    "rounds": BY_MATRIX,
-    "local_epochs": ("fedavg",),
-    "fraction": ("fedavg",),
-    "server_momentum": ("fedavg",),
-    "period": _ELASTIC,
-    "elasticity": _ELASTIC,
-    "asynchronous": _ELASTIC,
-    "n_push": ("downpour",),
-    "n_fetch": ("downpour",),
-    "adagrad": ("downpour",),
-    "probability": _GOSSIP,
-}
 # A file may have these for whatever algorithm the command line names: they are refused there only.
-_MOMENTUM_OF = {"momentum": ("cdmsgd", "msgd", "eamsgd"), "nesterov": ("cdmsgd", "msgd")}
-_OWN_DEFAULTS: dict[str, dict[str, Any]] = {"icdsgd": {"rounds": 2}}
+_TOLERATED = ("momentum", "nesterov")
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    """Section ``[optim]`` of a run's config."""
+class CommonConfig:
+    """What ``[optim]`` has for every algorithm; `OptimConfig` adds the algorithms' own settings."""
 
-    name: str = "cdmsgd"  # see NAMES, or any torch optimizer as "torch.optim:AdamW"
+    name: str = "cdmsgd"  # see `registry`, a torch optimizer as "torch.optim:AdamW", or one's own
     lr: float = 0.01
-    momentum: float = 0.95
-    nesterov: bool | str = True  # false: Polyak; "look-ahead"
     weight_decay: float = 0.0
-    rounds: int = 1  # cdsgd, cdmsgd, icdsgd (2): mixing rounds per step, tau
-    local_epochs: int = 1  # fedavg: E
-    fraction: float = 1.0  # fedavg: C, of the agents that take part in a round
-    server_momentum: float = 0.0  # fedavg
-    period: int = 4  # easgd, eamsgd: steps between two pulls, tau
-    elasticity: float = 0.0  # easgd, eamsgd: e = alpha rho; 0: 0.9 / agents
-    asynchronous: bool = False  # easgd, eamsgd: by a server, which is the last rank
-    n_push: int = 1  # downpour: steps between two pushes to the server, which is the last rank
-    n_fetch: int = 1  # downpour
-    adagrad: bool = False  # downpour: the server's step
-    probability: float = 0.5  # gossip, gosgd: p, to meet or push after a step
     schedule: str = "fixed"  # or a torch scheduler as "torch.optim.lr_scheduler:StepLR"
-    args: dict[str, Any] = field(default_factory=dict)  # of a torch optimizer
+    args: dict[str, Any] = field(default_factory=dict)  # of a torch optimizer, or of one's own
     schedule_args: dict[str, Any] = field(default_factory=dict)  # of a torch scheduler
     clip_norm: float = 0.0  # clip the gradient's norm to this; 0: do not
     debug: bool = False  # find parameters changed through .data, at the cost of a checksum
 
 
+def _own_settings() -> dict[str, tuple[Any, Any]]:
+    """Types and defaults of the algorithms' settings by key; the first one's default holds."""
+    found: dict[str, tuple[Any, Any]] = {}
+    common = {f.name for f in dataclasses.fields(CommonConfig)}
+    for kind in registry.algorithms().values():
+        for each in dataclasses.fields(kind.Settings):
+            if each.name not in common:
+                found.setdefault(each.name, (_plain_type(each.default), each.default))
+    return found
+
+
+def _plain_type(default: Any) -> Any:
+    # Of all settings only nesterov is of two kinds: true, false or "look-ahead".
+    return bool | str if default is True else type(default)
+
+
+_OWN = _own_settings()
+if TYPE_CHECKING:
+
+    class OptimConfig(CommonConfig):
+        """Section ``[optim]`` of a run's config."""
+
+else:
+    OptimConfig = dataclasses.make_dataclass(
+        "OptimConfig",
+        [(name, kind, field(default=default)) for name, (kind, default) in _OWN.items()],
+        bases=(CommonConfig,),
+        frozen=True,
+    )
+    OptimConfig.__module__ = __name__
+
+NAMES = tuple(registry.algorithms())
+BY_MATRIX = tuple(name for name, kind in registry.algorithms().items() if kind.over == GRAPH)
+
+
+def is_torch(config: OptimConfig) -> bool:
+    """Whether ``optim.name`` is a torch optimizer, which is mixed after its step. Local."""
+    return registry.find(config.name) is None
+
+
+def kind_of(config: OptimConfig) -> type[Algorithm]:
+    """The algorithm that a run makes its steps by, in the variant that its settings ask for."""
+    kind = registry.find(config.name) or registry.algorithms()["cdsgd"]
+    return kind.of(settings_of(config))
+
+
+def settings_of(config: OptimConfig) -> Any:
+    """The algorithm's settings; for one of the user's own ``optim.args`` has those of its own.
+
+    Raises:
+        UserError: for ``optim.args`` that it does not have.
+    """
+    kind = registry.find(config.name)
+    if kind is None:
+        kind = registry.algorithms()["cdsgd"]
+        return kind.Settings(lr=config.lr)
+    names = registry.setting_names(kind)
+    values = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    if kind.name not in NAMES:
+        unknown = [key for key in config.args if key not in names or key in ("lr", "weight_decay")]
+        if unknown:
+            raise UserError(
+                f"optim.args.{unknown[0]}: {config.name} has the settings {', '.join(names)}; "
+                "optim.lr and optim.weight_decay are set outside optim.args"
+            )
+        values |= config.args
+    return kind.Settings(**values)
+
+
+def rounds_of(config: OptimConfig) -> int:
+    """Mixing rounds of a step, tau. Local."""
+    return int(getattr(settings_of(config), "rounds", 1))
+
+
 def needs_server(config: OptimConfig) -> bool:
     """Whether the algorithm needs a rank for a server beside the agents. Local."""
-    return config.name == "downpour" or (config.name in _ELASTIC and config.asynchronous)
+    return registry.needs_server(kind_of(config))
 
 
 def keeps_count(config: OptimConfig) -> bool:
     """Whether agents or server count what was sent, so that their number must not change. Local."""
-    return needs_server(config) or config.name == "gosgd"
+    return kind_of(config).counts
 
 
 def mixes_by_matrix(config: OptimConfig) -> bool:
     """Whether the algorithm uses the mixing matrix. Local."""
-    return config.name in BY_MATRIX or ":" in config.name
+    return kind_of(config).over == GRAPH
 
 
 def descends(config: OptimConfig) -> bool:
     """Whether a step is one of gradient descent on V, arXiv 1706.07880 eq. (7). Local."""
-    return config.name in ("cdsgd", "icdsgd")
+    return kind_of(config).descends and not is_torch(config)
 
 
 def uses_graph(config: OptimConfig) -> bool:
     """Whether the algorithm uses the graph's edges. Local."""
-    return mixes_by_matrix(config) or config.name in _GOSSIP
+    return registry.uses_edges(kind_of(config))
 
 
 def completed(
@@ -99,46 +144,58 @@ def completed(
     Raises:
         UserError: see ``on_command_line``.
     """
-    if config.name in NAMES or ":" in config.name:
-        for key, names in (_ONLY_OF | _MOMENTUM_OF).items():
-            if key in on_command_line:
-                _require(config, key, names)
-    own = _OWN_DEFAULTS.get(config.name, {})
-    return dataclasses.replace(config, **{k: v for k, v in own.items() if k not in given})
+    if config.name not in NAMES and ":" not in config.name:
+        return config  # `check` says so
+    for key in _OWN:
+        if key in on_command_line:
+            _require(config, key)
+    kind = registry.find(config.name)
+    fields = {} if kind is None else {f.name: f.default for f in dataclasses.fields(kind.Settings)}
+    own: dict[str, Any] = {k: v for k, v in fields.items() if k in _OWN and k not in given}
+    return dataclasses.replace(config, **own)
 
 
 def check(config: OptimConfig) -> None:
-    """Raise a UserError for an unknown algorithm and for what no optimizer looks at. Local."""
-    is_torch = ":" in config.name
-    if not is_torch and config.name not in NAMES:
+    """Raise a UserError for an unknown algorithm and for settings it lacks or refuses. Local."""
+    if ":" not in config.name and config.name not in NAMES:
         near = difflib.get_close_matches(config.name, NAMES, n=1, cutoff=0.3)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(
             f'unknown optim.name "{printable(config.name)}": {hint}known are {", ".join(NAMES)} '
             'and any torch optimizer as "torch.optim:AdamW"'
         )
-    defaults = OptimConfig()
-    for key, names in _ONLY_OF.items():
-        if getattr(config, key) != getattr(defaults, key):
-            _require(config, key, names)
-    if config.args and not is_torch:
+    for key, (_, default) in _OWN.items():
+        if key not in _TOLERATED and getattr(config, key) != default:
+            _require(config, key)
+    if config.args and ":" not in config.name:
         raise UserError(
             f'optim.args is for torch optimizers ("torch.optim:AdamW"), not {config.name}'
         )
-    if config.local_epochs < 1:
-        raise UserError(f"optim.local_epochs (E) must be at least 1, got {config.local_epochs}")
-    if config.name in _ELASTIC and not 0 <= config.elasticity < 1:
-        raise UserError(
-            f"optim.elasticity (e) must be in (0, 1), or 0 for 0.9 / agents, "
-            f"got {config.elasticity}"
-        )
+    if not is_torch(config):
+        try:
+            settings_of(config).check()
+        except UserError as error:  # every setting's message begins with its name
+            raise UserError(f"optim.{error}") from None
 
 
-def _require(config: OptimConfig, key: str, names: tuple[str, ...]) -> None:
-    if config.name not in names:
-        *most, last = names
-        all_of_them = f"{', '.join(most)} and {last}" if most else last
-        raise UserError(
-            f"optim.{key} = {json.dumps(getattr(config, key))} is for {all_of_them} only, "
-            f"not {printable(config.name)}: leave it out"
-        )
+def _require(config: OptimConfig, key: str) -> None:
+    """Raise a UserError unless the algorithm has the setting ``key``."""
+    kind = registry.find(config.name)
+    if kind is not None and key in registry.setting_names(kind) and not _is_fixed(kind, key):
+        return
+    names = [
+        name
+        for name, other in registry.algorithms().items()
+        if key in registry.setting_names(other) and not _is_fixed(other, key)
+    ]
+    *most, last = names
+    all_of_them = f"{', '.join(most)} and {last}" if most else last
+    raise UserError(
+        f"optim.{key} = {json.dumps(getattr(config, key))} is for {all_of_them} only, "
+        f"not {printable(config.name)}: leave it out"
+    )
+
+
+def _is_fixed(kind: type[Algorithm], key: str) -> bool:
+    """Whether the setting is the local step's, but the algorithm has it in one way only."""
+    return key in kind.fixed

@@ -4,91 +4,71 @@
     every n_push steps   the server does x <- x - alpha H_i, or Adagrad's step with H_i;   H_i <- 0
     every n_fetch steps  x_i <- x
 
-See `links.rules` for the server's side.
+See `server.rules` for the server's side. The server takes alpha as it is when an agent pushes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
+from mpicdsgd.algorithms.contract import SERVER, Algorithm, Circumstances, Context, setting
+from mpicdsgd.algorithms.hyperparameters import at_least_one
+from mpicdsgd.algorithms.local_steps import Plain
+from mpicdsgd.algorithms.registry import algorithm
+from mpicdsgd.algorithms.server.rules import ADAGRAD, DOWNPOUR
 
-from mpicdsgd.algorithms.hyperparameters import at_least_one, seconds
-from mpicdsgd.algorithms.local_steps import plain
-from mpicdsgd.algorithms.optimizer import AgentOptimizer
-from mpicdsgd.algorithms.server.client import Downpour as Link
-from mpicdsgd.algorithms.server.server import Server
-from mpicdsgd.comm.agents import Agents
-from mpicdsgd.comm.exchange.opening import ExchangeConfig
-from mpicdsgd.common.errors import UserError
-from mpicdsgd.kernels.arena import Coefficients
+if TYPE_CHECKING:
+    import torch
 
 
-class Downpour(AgentOptimizer):
-    """Downpour SGD as a torch optimizer. Collective over ``agents``, whose graph is not used.
+@dataclass(frozen=True)
+class DownpourSettings(Plain):
+    """Settings of Downpour SGD."""
 
-    All begin with agent 0's parameters, and so does the server. Its model is
-    ``opt.exchange.centre()`` at `rest`.
+    n_push: int = setting(1, "steps between two pushes to the server, which is the last rank")
+    n_fetch: int = setting(1, "steps between two fetches")
+    adagrad: bool = setting(False, "the server's step is Adagrad's (Duchi et al. 2011)")
 
-    Args:
-        params: parameters or groups of them, as for `torch.optim.SGD`.
-        lr: step size alpha, >= 0; the server takes it as it is when an agent pushes.
-        weight_decay: lambda >= 0.
-        server: the job's.
-        n_push, n_fetch: steps between pushes and between fetches, >= 1.
-        adagrad: whether the server's step is Adagrad's (Duchi et al. 2011).
-        agents, buffers, exchange, debug: see `mpicdsgd.algorithms.optimizer.AgentOptimizer`.
-    """
+    def check(self) -> None:
+        at_least_one("n_push", self.n_push)
+        at_least_one("n_fetch", self.n_fetch)
 
-    exchange: Link
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 0.01,
-        weight_decay: float = 0.0,
-        *,
-        agents: Agents,
-        server: Server,
-        n_push: int = 1,
-        n_fetch: int = 1,
-        adagrad: bool = False,
-        buffers: Sequence[torch.Tensor] = (),
-        exchange: ExchangeConfig | None = None,
-        debug: bool = False,
-    ) -> None:
-        with agents.agreement("Downpour()"):
-            at_least_one("n_push", n_push)
-            at_least_one("n_fetch", n_fetch)
-            if list(buffers):
-                raise UserError(
-                    "Downpour SGD exchanges gradients, which buffers do not have: with it, "
-                    'model.buffers = "local"'
-                )
-        agents.require_same("Downpour's arguments", repr((n_push, n_fetch, adagrad)))
-        self._server = server
-        self._arguments: Any = {"push": n_push, "fetch": n_fetch, "adagrad": adagrad}
-        defaults = {"lr": lr, "weight_decay": weight_decay}
-        super().__init__(params, defaults, agents, buffers=buffers, exchange=exchange, debug=debug)
+@algorithm("downpour", "Downpour SGD", source="Dean et al. 2012")
+class ServedDownpour(Algorithm):
+    """See the module. All begin with agent 0's parameters, and so does the server."""
 
-    def open_exchange(self) -> tuple[Link, list[NDArray[np.float32]]]:
-        with self.agents.agreement("the exchange's settings"):
-            timeout_s = seconds("Downpour", self._config, self.agents)
-        link = Link(self.agents, self._server, self.arena, timeout_s, **self._arguments)
-        return link, [np.empty(0, np.float32)]
+    Settings = DownpourSettings
+    over = SERVER
+    admits = None
+    order = "adapt, then send; a fetch waits for the server"
+    synchronous = False
+    counts = True
+    signals = 32  # at their own pace, the agents are at most twice that apart
+    mixes_buffers = False  # gradients are exchanged, which buffers do not have
+    vectors = ("accrued",)
+    settings: DownpourSettings
 
-    def coefficients(self, group: dict[str, Any]) -> Coefficients:
-        return plain(group)
+    def __init__(self, settings: DownpourSettings, run: Circumstances) -> None:
+        super().__init__(settings, run)
+        self.server_rule = ADAGRAD if settings.adagrad else DOWNPOUR
 
-    def use_gradients(self, scale: torch.Tensor | None, overflow: torch.Tensor | None) -> None:
-        if overflow is not None and float(overflow):
-            return
-        rows = list(self._coefficients_per_tensor())
-        self.exchange.accrue(
-            [row.alpha for row in rows],
-            [row.decay for row in rows],
-            1.0 if scale is None else float(scale),
-        )
+    def begin(self, ctx: Context, is_new: bool) -> None:
+        model = ctx.server.open(ctx["x"][0], is_new)
+        if is_new:
+            ctx["accrued"].zero_()
+            ctx.replace(model[None])
+
+    def step(self, ctx: Context) -> None:
+        ctx.add_gradient("accrued")
+        ctx.update(gradient=True)
+        if (ctx.step + 1) % self.settings.n_push == 0:
+            ctx.server.push(ctx["accrued"][0], ctx.step_sizes())
+            ctx["accrued"].zero_()
+        if (ctx.step + 1) % self.settings.n_fetch == 0:
+            ctx.replace(ctx.server.fetch()[None])
+
+    def centre(self, ctx: Context) -> torch.Tensor:
+        centre: torch.Tensor = ctx.server.centre()
+        return centre

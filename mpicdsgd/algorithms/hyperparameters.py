@@ -1,11 +1,9 @@
-"""Ranges of hyperparameters, checked when an optimizer is made and at every step."""
+"""Ranges of hyperparameters."""
 
 from __future__ import annotations
 
 import math
 
-from mpicdsgd.comm.agents import Agents
-from mpicdsgd.comm.exchange.opening import ExchangeConfig
 from mpicdsgd.common.errors import UserError
 
 
@@ -38,27 +36,3 @@ def probability(name: str, value: object) -> float:
     if not 0 <= number <= 1:
         raise UserError(f"{name} is a probability and must be in [0, 1], got {value}")
     return number
-
-
-def seconds(name: str, config: ExchangeConfig, agents: Agents) -> float:
-    """The timeout of ``config``, where nothing is published on a graph's edges.
-
-    Raises:
-        UserError: it asks for a wire type or a transport, or ``agents`` for a matrix that changes
-            by step, which algorithm ``name`` does not have.
-    """
-    if len(agents.turns) > 1:
-        raise UserError(
-            f"mixing {agents.mixing.name} changes by step, but {name} mixes by no matrix: give one "
-            'that does not change, as mixing = "metropolis"'
-        )
-    if config.wire != "float32":
-        raise UserError(f'exchange.wire = "{config.wire}": {name} exchanges float32 only')
-    if config.transport != "auto":
-        raise UserError(
-            f'exchange.transport = "{config.transport}": {name} has no graph\'s edges to choose '
-            'one for, leave it at "auto"'
-        )
-    if not config.timeout_s > 0:
-        raise UserError(f"exchange.timeout_s must be positive, got {config.timeout_s}")
-    return config.timeout_s

@@ -1,7 +1,7 @@
 """The torch front: what every algorithm's optimizer shares.
 
-An algorithm (a file in `mpicdsgd.algorithms`) says by `coefficients` what the one fused pass of
-`stepper` computes; the steps and hooks of a torch optimizer are here, its state in `optimstate`.
+An algorithm (a file beside this one) says by its `step` what is published, received and updated;
+the steps and hooks of a torch optimizer are here, its state in `optimizer_state`.
 """
 
 from __future__ import annotations
@@ -14,32 +14,35 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mpicdsgd.algorithms.measured import Measured
 from mpicdsgd.algorithms.optimizer_state import OpenOptimizer
-from mpicdsgd.algorithms.stepper import Measured
 from mpicdsgd.comm.exchange.header import Reason
-from mpicdsgd.comm.links.link import Link
 from mpicdsgd.common.errors import UserError
 
 
 class AgentOptimizer(OpenOptimizer):
-    """Base of the decentralised optimizers; use one of `mpicdsgd.algorithms`.
+    """A decentralised optimizer: an algorithm, its communication and a local step, composed.
+
+    `named` has the optimizers by their names, as `mpicdsgd.CDSGD`, and `named.optimizer` makes one
+    of any algorithm.
 
     Making one, `step`, `publish`, `mix`, `load_state_dict`, `add_param_group` and `close` are
     collective over ``agents``: all agents call them alike and in the same order.
 
     Args:
         params: as for any torch optimizer; float32 on ``agents.device``.
-        defaults: hyperparameters of a group.
+        algorithm: what a step is; its settings have the hyperparameters of a group.
         agents: who to exchange with.
-        rounds: mixing rounds tau per step (i-CDSGD, arXiv 1805.12120).
+        torch_step: a torch optimizer's step in the place of the fused one.
+        server: the job's, where the algorithm needs one.
         buffers: float32 tensors without gradient that are mixed too (BatchNorm's statistics).
         exchange: transport, wire type and timeout.
         debug: find writes through ``.data`` too, by a checksum of all parameters each step.
 
     Attributes:
         arena: the flat memory of the parameters.
-        exchange: the open exchange, or what an algorithm has in its place.
-        stepper: what both are at work in.
+        exchange: the open communication.
+        context: what both are at work in.
 
     Raises:
         UserError: on every rank, for hyperparameters out of range or models that differ.
@@ -50,9 +53,6 @@ class AgentOptimizer(OpenOptimizer):
     _step_supports_amp_scaling = True
     found_inf: torch.Tensor
     grad_scale: torch.Tensor | None
-
-    def use_gradients(self, scale: torch.Tensor | None, overflow: torch.Tensor | None) -> None:
-        """What an algorithm does with all gradients before the pass; arguments as of a pass."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -68,6 +68,8 @@ class AgentOptimizer(OpenOptimizer):
             ExchangeError: if a neighbour is missing, left or out of step.
             RuntimeError: if no parameter has a new gradient, or one left the arena for good.
         """
+        if self._torch is not None:
+            return self._step_by_torch(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -75,16 +77,47 @@ class AgentOptimizer(OpenOptimizer):
         self._begin()
         self.arena.require_fresh_gradients()
         scale, overflow = self._from_scaler()
-        self.use_gradients(scale, overflow)
-        self.arena.fill_segments(list(self._coefficients_per_tensor()))
-        self.stepper.advance(self.arena.segments, scale, overflow)
+        self.exchange.complete_gradients()
+        self._fill_segments()
+        self.context.advance(self.arena.segments, scale, overflow)
         return loss
+
+    def _step_by_torch(self, closure: Callable[[], Any] | None) -> Any:
+        """The torch optimizer's own step, then the algorithm's."""
+        local, context = self._torch, self.context
+        assert local is not None
+        self._begin()
+        self.exchange.complete_gradients()
+        penalty = local.penalty(self.arena) if context.measuring else None
+        scale, overflow = self._from_scaler()
+        if not self.exchange.carries_values:
+            context.keep_x()
+        loss = local.apply(self.arena, closure, scale, overflow)
+        self.arena.require_fresh_gradients()
+        beside = None if penalty is None else local.beside(self.arena, penalty)
+        context.advance(None, overflow=overflow, beside=beside)
+        return loss
+
+    def _fill_segments(self) -> None:
+        self.context.coefficients = coefficients = list(self._coefficients_per_tensor())
+        self.arena.fill_segments(coefficients)
 
     @torch.no_grad()
     def mix(self) -> None:
-        """A step without gradient: x <- sum_l Pi[j,l] x_l, v kept. Collective, as `step`."""
+        """A step without this agent's gradient: x <- sum_l Pi[j,l] x_l, v kept. Collective.
+
+        Where gradients are everybody's mean, the others' are applied; as `step`.
+        """
         self._begin()
-        self.stepper.advance(self.arena.mix_only_segments())
+        segments = None
+        if self.exchange.averages_gradients:
+            self.zero_grad(set_to_none=True)
+            self.exchange.complete_gradients()
+            self._fill_segments()
+            segments = self.arena.segments
+        elif not self.exchange.carries_values and self._torch is not None:
+            self.context.keep_x()
+        self.context.advance(segments)
         self._opt_called = True  # else torch's schedulers warn that no step was made before theirs
 
     @torch.no_grad()
@@ -97,12 +130,12 @@ class AgentOptimizer(OpenOptimizer):
         self.exchange.withdraw(self.steps)
         self.arena.repair()
         self.settle()
-        if self.stepper.ahead is not None:
-            self.stepper.ahead.copy_(self.arena.flat)
+        if self.context.ahead is not None:
+            self.context.ahead.copy_(self.arena.flat)
             if self._v_views:
                 for i, coefficients in enumerate(self._coefficients_per_tensor()):
                     self._x_views[i].sub_(self._v_views[i], alpha=coefficients.mu)
-        self.stepper.publish()
+        self.context.begin()
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -114,10 +147,10 @@ class AgentOptimizer(OpenOptimizer):
         if self._is_open:
             self._begin()
             self.settle()
-        if self.stepper.ahead is None:
+        if self.context.ahead is None:
             yield
             return
-        with self.holding(self.stepper.ahead):
+        with self.holding(self.context.ahead):
             yield
 
     @contextlib.contextmanager
@@ -146,11 +179,11 @@ class AgentOptimizer(OpenOptimizer):
 
         For who sets ``found_inf`` without a scaler: all agents then raise it, as `report` says.
         """
-        return self.stepper.skipped_means_fault
+        return self.context.skipped_means_fault
 
     @skipped_means_fault.setter
     def skipped_means_fault(self, value: bool) -> None:
-        self.stepper.skipped_means_fault = value
+        self.context.skipped_means_fault = value
 
     def measure(self) -> None:
         """Have each step from now on measure itself, for `measured`. Local.
@@ -160,15 +193,14 @@ class AgentOptimizer(OpenOptimizer):
         Raises:
             UserError: for an algorithm that mixes by no matrix.
         """
-        if isinstance(self.exchange, Link):
-            raise UserError(f"{type(self).__name__} has no disagreement to measure: only CDSGD, "
-                            "CDMSGD and Mixed mix by a matrix")  # fmt: skip
-        self.stepper.measuring = True
+        if not self.exchange.carries_values:
+            raise UserError(f"{self._label} has no disagreement to measure: it mixes by no matrix")
+        self.context.measuring = True
 
     def measured(self) -> list[Measured]:
         """What the steps since the last call measured, in order; waits for a GPU. Local."""
         self.settle()
-        measured, self.stepper.measured = self.stepper.measured, []
+        measured, self.context.measured = self.context.measured, []
         return measured
 
     @property
@@ -179,7 +211,11 @@ class AgentOptimizer(OpenOptimizer):
     @property
     def takes_part(self) -> bool:
         """Whether this agent is to compute a gradient now; where not, it calls `mix`. Local."""
-        return True
+        return self.algorithm.takes_part(self.steps, self.agents.rank)
+
+    def centre(self) -> torch.Tensor | None:
+        """The model beside the agents' own, shape (D,), if there is one. Collective, at rest."""
+        return self.exchange.centre()
 
     def rest(self) -> None:
         """Bring everything under way to its end, before other collectives. Collective.
@@ -196,7 +232,8 @@ class AgentOptimizer(OpenOptimizer):
 
         A view, or a copy of what is on a GPU.
         """
-        return self.stepper.x.cpu().numpy()
+        x: NDArray[np.float32] = self.context.x.cpu().numpy()
+        return x
 
     def _from_scaler(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """``grad_scale`` and ``found_inf``, where somebody has set them for this step."""

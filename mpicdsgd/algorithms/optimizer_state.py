@@ -1,29 +1,33 @@
-"""An optimizer's memory: its arena and exchange, opened, saved, loaded and closed.
+"""An optimizer's memory: its arena and communication, opened, saved, loaded and closed.
 
-`optim` has what is done with it in a step.
+`optimizer` has what is done with it in a step.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn, Self
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mpicdsgd.algorithms.stepper import Stepper
+from mpicdsgd.algorithms.context import AgentContext
+from mpicdsgd.algorithms.contract import Algorithm
+from mpicdsgd.algorithms.opening import open_communication
+from mpicdsgd.algorithms.server.server import Server
+from mpicdsgd.algorithms.torch_step import NOTHING, TorchStep
 from mpicdsgd.comm.agents import Agents
+from mpicdsgd.comm.communication import Communication
 from mpicdsgd.comm.exchange.errors import AgentFault
-from mpicdsgd.comm.exchange.exchange import Exchange
-from mpicdsgd.comm.exchange.opening import ExchangeConfig, open_exchange
-from mpicdsgd.comm.links.link import Link
+from mpicdsgd.comm.exchange.opening import ExchangeConfig
 from mpicdsgd.common.errors import UserError
-from mpicdsgd.kernels.arena import Arena, Coefficients
+from mpicdsgd.kernels.arena import Arena
+from mpicdsgd.kernels.coefficients import Coefficients
 
 
-def _plain(name: str) -> Any:
+def plain(name: str) -> Any:
     """A method of torch's Optimizer without its wrapper.
 
     That imports torch's compiler at the first call, to keep it away from the method: as many files
@@ -33,63 +37,72 @@ def _plain(name: str) -> Any:
 
 
 class OpenOptimizer(torch.optim.Optimizer):
-    """A torch optimizer whose parameters lie in an arena that neighbours see through an exchange.
+    """A torch optimizer whose parameters lie in an arena, with a communication opened for it.
 
     Making one, `load_arrays`, `load_state_dict`, `add_param_group` and `close` are collective over
     ``agents``: all agents call them alike and in the same order. Arguments, attributes and what is
-    raised: see `mpicdsgd.algorithms.optimizer.AgentOptimizer`.
+    raised: see `optimizer.AgentOptimizer`.
     """
 
-    look_ahead = False  # the arena holds y = x + mu v, a buffer of its own holds x
-    has_momentum = False
-    zero_grad = _plain("zero_grad")
+    zero_grad = plain("zero_grad")
+    context: AgentContext
 
     def __init__(
         self,
         params: Any,
-        defaults: dict[str, Any],
+        algorithm: Algorithm,
         agents: Agents,
         *,
-        rounds: int = 1,
+        torch_step: TorchStep | None = None,
+        server: Server | None = None,
         buffers: Iterable[torch.Tensor] = (),
         exchange: ExchangeConfig | None = None,
         debug: bool = False,
     ) -> None:
-        self.agents = agents
+        self.algorithm, self.agents = algorithm, agents
+        # As a run's log calls it; the classes for scripts have names of their own.
+        name = type(self).__name__
+        self._label = algorithm.name or type(algorithm).__name__ if name == _GENERIC else name
+        self._torch, self._server = torch_step, server
         self._is_open = False
-        self._rounds = rounds
         self._buffers = list(buffers)
         self._config = exchange or ExchangeConfig()
         self._debug = debug
         self._hooks: list[Any] = []
+        self._known: dict[tuple[Any, ...], Coefficients] = {}
+        settings = algorithm.settings
+        self._groups_have = [
+            f.name for f in dataclasses.fields(settings) if f.metadata.get("per_group")
+        ]
+        defaults = {name: getattr(settings, name) for name in self._groups_have}
+        if torch_step is not None:
+            defaults = dict(torch_step.optimizer.defaults)
         super().__init__(params, defaults)
         self._open()
-
-    def coefficients(self, group: dict[str, Any]) -> Coefficients:
-        """The update's coefficients for a parameter group at this step. Local."""
-        raise NotImplementedError
-
-    def open_exchange(self) -> tuple[Exchange | Link, list[NDArray[np.float32]]]:
-        """What is exchanged and how, and the weights of what comes, by turn. Collective."""
-        self.agents.remark((*self.agents.graph.remarks, *self.agents.mixing.remarks))
-        weights = [np.array(turn.weights, np.float32) for turn in self.agents.turns]
-        return open_exchange(self.agents, self.arena.size, self._config), weights
 
     @property
     def steps(self) -> int:
         """Steps completed."""
-        return self.stepper.steps
+        return self.context.steps
+
+    @property
+    def exchange(self) -> Communication:
+        """What the algorithm communicates over, open."""
+        return self.context.communication
 
     def settle(self) -> None:
         """Learn what became of all passes so far, waiting for a GPU. Local."""
-        self.stepper.settle()
+        self.context.settle()
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The whole state but for `steps` and the groups: x, v, y of shape (D,). Local.
+        """The whole state but for `steps` and the groups: x, v, y of shape (D,), and others. Local.
 
-        On the host, and not to be written: views, or copies of what is on a GPU.
+        On the host, and not to be written: views, or copies of what is on a GPU. An algorithm's own
+        vectors and numbers are below "link/", a torch optimizer's state below "optimizer/".
         """
-        return {name: flat.cpu().numpy() for name, flat in self._flats().items()}
+        arrays = {name: flat.cpu().numpy() for name, flat in self.context.flats.items()}
+        more = {} if self._torch is None else self._torch.arrays(self.arena)
+        return arrays | more
 
     @torch.no_grad()
     def load_arrays(self, steps: int, arrays: dict[str, NDArray[Any]]) -> None:
@@ -97,12 +110,12 @@ class OpenOptimizer(torch.optim.Optimizer):
         self._require_open()
         self.exchange.withdraw(self.steps)
         self.settle()
-        for name, flat in self.stepper.flats().items():
-            flat.copy_(torch.from_numpy(np.ascontiguousarray(arrays[name])))
-        self.exchange.load({name: arrays[f"link/{name}"] for name in self.exchange.arrays()})
+        if self._torch is not None:
+            self._torch.load(self.arena, arrays)
+        self.context.load(arrays)
         self.arena.written()
-        self.stepper.steps = steps
-        self.stepper.publish()
+        self.context.steps = steps
+        self.context.begin()
 
     def state_dict(self) -> dict[str, Any]:
         """As for any torch optimizer, with ``agents.steps`` beside. Local.
@@ -110,8 +123,15 @@ class OpenOptimizer(torch.optim.Optimizer):
         Momentum is under "v" and contains the step size: v = -lr * torch's momentum_buffer where
         lr never changed. Look-ahead's x is under "x".
         """
-        more = {name: values.clone() for name, values in self.exchange.arrays().items()}
-        return {**_plain("state_dict")(self), "agents": {"steps": self.steps, "link": more}}
+        if self._torch is not None:
+            return {**self._torch.optimizer.state_dict(), "agents": self._beside()}
+        return {**plain("state_dict")(self), "agents": self._beside()}
+
+    def _beside(self) -> dict[str, Any]:
+        prefix = "link/"
+        own = {n: f for n, f in self.context.flats.items() if n.startswith(prefix)}
+        link = {n.removeprefix(prefix): flat.clone() for n, flat in own.items()}
+        return {"steps": self.steps, "link": link}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -120,12 +140,28 @@ class OpenOptimizer(torch.optim.Optimizer):
         Load the model's own ``state_dict`` first, as with torch.
         """
         self._require_open()
-        _plain("load_state_dict")(
-            self, state_dict
-        )  # torch may refuse it: before anything collective
+        # torch may refuse it: before anything collective
+        if self._torch is None:
+            plain("load_state_dict")(self, state_dict)
+        else:
+            self._torch.optimizer.load_state_dict(state_dict)
+            self.param_groups = self._torch.optimizer.param_groups
         self.exchange.withdraw(self.steps)
         self.settle()
         self.arena.repair()
+        if self._torch is None:
+            self._load_momentum()
+        self._fill_state()
+        beside = state_dict.get("agents", {})
+        if link := beside.get("link", {}):
+            x = {name: f.cpu().numpy() for name, f in self.context.flats.items() if "/" not in name}
+            own = {f"link/{name}": values.cpu().numpy() for name, values in link.items()}
+            self.context.load(x | own)
+        self.context.steps = int(beside.get("steps", 0))
+        self.context.begin()
+
+    def _load_momentum(self) -> None:
+        """v and x from what torch has loaded into `state`."""
         for i, (parameter, coefficients) in enumerate(
             zip(self.arena.parameters, self._coefficients_per_tensor(), strict=True)
         ):
@@ -137,36 +173,41 @@ class OpenOptimizer(torch.optim.Optimizer):
                 x = loaded.get("x", self.arena.views[i])
                 self._x_views[i].copy_(x)
                 self.arena.views[i].copy_(self._x_views[i] + coefficients.mu * self._v_views[i])
-        self._fill_state()
-        link = state_dict.get("agents", {}).get("link", {})
-        if link:
-            self.exchange.load({name: values.cpu().numpy() for name, values in link.items()})
-        self.stepper.steps = int(state_dict.get("agents", {}).get("steps", 0))
-        self.stepper.publish()
 
     @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, making the arena and the exchange anew. Collective."""
-        if not hasattr(self, "exchange"):
-            _plain("add_param_group")(self, param_group)
+        """Add a group, making the arena and the communication anew. Collective."""
+        if not hasattr(self, "context"):
+            plain("add_param_group")(self, param_group)
             return
         self._begin()
-        momentum = {p: s["v"].clone() for p, s in self.state.items() if "v" in s}
-        ahead = {p: s["x"].clone() for p, s in self.state.items() if "x" in s}
+        before, kept = self.context, self._per_parameter()
         stop_wanted, steps = self.exchange.stop_wanted, self.steps
-        before = self.stepper
         self.close()
-        _plain("add_param_group")(self, param_group)
+        plain("add_param_group")(self, param_group)
         self._open(steps)
         for name in ("skipped_means_fault", "measuring", "measured"):
-            setattr(self.stepper, name, getattr(before, name))
+            setattr(self.context, name, getattr(before, name))
         if stop_wanted:
             self.exchange.request_stop()
-        for values, name in ((momentum, "v"), (ahead, "x")):
-            for parameter, value in values.items():
-                self.state[parameter][name].copy_(value)
+        now = self._per_parameter()
+        for parameter, flats in kept.items():
+            for name, value in flats.items():
+                now[parameter][name].copy_(value)
         self.exchange.withdraw(self.steps)
-        self.stepper.publish()
+        self.context.begin()
+
+    def _per_parameter(self) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
+        """Views of all vectors but x and y by parameter; copies stay after `close`."""
+        flats = self.context.flats
+        names = [n for n, f in flats.items() if n != "y" and f.shape == self.arena.flat.shape]
+        if self.context.ahead is None:
+            names.remove("x")
+        views = {name: self.arena.views_of(flats[name]) for name in names}
+        return {
+            parameter: {name: views[name][i] for name in names}
+            for i, parameter in enumerate(self.arena.parameters)
+        }
 
     def close(self) -> None:
         """Complete the exchange under way and end it. Collective; a second call does nothing.
@@ -178,7 +219,7 @@ class OpenOptimizer(torch.optim.Optimizer):
         self._hooks = []
         if self._is_open:
             self._is_open = False
-            self.stepper.close()
+            self.context.close()
             if self.exchange.fault.reason:
                 raise AgentFault(self.exchange.fault)
 
@@ -197,57 +238,65 @@ class OpenOptimizer(torch.optim.Optimizer):
         raise TypeError("an optimizer with an open exchange cannot be pickled: use state_dict()")
 
     def _open(self, steps: int = 0) -> None:
-        agents = self.agents
+        agents, algorithm = self.agents, self.algorithm
+        torch_is_local = self._torch is not None
+        with agents.agreement(f"{self._label}()"):
+            algorithm.check(agents.size)
+            if torch_is_local and not algorithm.any_local_step:
+                raise UserError(
+                    f"{self._label} makes its own step with the gradient: a torch optimizer cannot "
+                    "stand in its place"
+                )
+            if self._buffers and not algorithm.mixes_buffers:
+                raise UserError(
+                    f"{self._label} exchanges gradients, which buffers do not have: with it, "
+                    'model.buffers = "local"'
+                )
+        agents.require_same(f"{self._label}'s arguments", repr(self._shared_settings()))
         with agents.agreement("the optimizer's arguments"):
-            if self._rounds < 1:
-                raise UserError(f"rounds (tau) must be at least 1, got {self._rounds}")
             parameters = [p for g in self.param_groups for p in g["params"]]
             self.arena = Arena(parameters, self._buffers, agents.device)
-            for group in self.param_groups:
-                self.coefficients(group)
+            list(self._coefficients_per_tensor())
         agents.require_same(
-            "the optimizer's parameters (shapes, order), algorithm and rounds",
-            repr((type(self).__name__, self.arena.layout(), self._rounds, self.look_ahead)),
+            "the optimizer's parameters (shapes, order) and algorithm",
+            repr((self._label, self.arena.layout())),
         )
-        exchange, weights = self.open_exchange()
-        self.stepper = Stepper(
-            agents,
-            self.arena,
-            exchange,
-            weights,
-            self._config,
-            rounds=self._rounds,
-            has_momentum=self.has_momentum,
-            look_ahead=self.look_ahead,
-            debug=self._debug,
+        communication = open_communication(
+            algorithm, self._label, agents, self.arena, self._config, self._server
         )
-        self.stepper.steps = steps
-        self.exchange = exchange
-        v, ahead = self.stepper.v, self.stepper.ahead
+        self.context = AgentContext(
+            agents, self.arena, algorithm, communication, self._config,
+            torch_step=self._torch, debug=self._debug,
+        )  # fmt: skip
+        self.context.steps = steps
+        v, ahead = self.context.v, self.context.ahead
         self._v_views = [] if v is None else self.arena.views_of(v)
         self._x_views = [] if ahead is None else self.arena.views_of(ahead)
         self._fill_state()
         for parameter in self.arena.parameters:
             if parameter.requires_grad:
                 hook = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                    self._progress
+                    communication.ready
                 )
                 self._hooks.append(hook)
         self._is_open = True
-        self.stepper.publish()
+        self.context.begin()
+
+    def _shared_settings(self) -> tuple[Any, ...]:
+        """What must be the same on all agents: all but the groups' hyperparameters."""
+        run, settings = self.algorithm.run, self.algorithm.settings
+        own = {
+            f.name: getattr(settings, f.name)
+            for f in dataclasses.fields(settings)
+            if f.name not in self._groups_have
+        }
+        is_served = self._server is not None
+        return own, run.seed, run.steps_per_epoch, run.shift, is_served
 
     def _fill_state(self) -> None:
         for views, name in ((self._v_views, "v"), (self._x_views, "x")):
             for parameter, view in zip(self.arena.parameters, views, strict=False):
                 self.state[parameter][name] = view
-
-    def _flats(self) -> dict[str, torch.Tensor]:
-        """The whole state but for `steps`: x, v, y, and an algorithm's own below "link"."""
-        link = {f"link/{name}": values for name, values in self.exchange.arrays().items()}
-        return {**self.stepper.flats(), **link}
-
-    def _progress(self, _: torch.Tensor) -> None:
-        self.exchange.progress()
 
     def _require_open(self) -> None:
         if not self._is_open:
@@ -255,9 +304,22 @@ class OpenOptimizer(torch.optim.Optimizer):
 
     def _coefficients_per_tensor(self) -> Iterator[Coefficients]:
         for group in self.param_groups:
-            coefficients = self.coefficients(group)
+            coefficients = NOTHING if self._torch is not None else self._coefficients(group)
             yield from (coefficients for _ in group["params"])
+
+    def _coefficients(self, group: dict[str, Any]) -> Coefficients:
+        """Of a group; checked when a hyperparameter changes, not in each step."""
+        key = tuple(group[name] for name in self._groups_have)
+        found = self._known.get(key)
+        if found is None:
+            if len(self._known) > 64:
+                self._known.clear()
+            found = self._known[key] = self.algorithm.settings.coefficients(group)
+        return found
 
     def _begin(self) -> None:
         self._require_open()
-        self.stepper.begin()
+        self.context.begin_step()
+
+
+_GENERIC = "AgentOptimizer"

@@ -225,7 +225,7 @@ class Agents:
                 off,
             )
         turns = tuple(
-            MixingMatrix(Pi, turn.graph, turn.name, turn.changes)
+            MixingMatrix(Pi, turn.graph, turn.name, turn.changes, turn.stochastic)
             for Pi, turn in zip(first, mixing.turns, strict=True)
         )
         if isinstance(mixing, MixingMatrix):

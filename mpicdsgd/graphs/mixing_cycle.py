@@ -21,7 +21,15 @@ import numpy.typing as npt
 
 from mpicdsgd.common.errors import UserError
 from mpicdsgd.graphs.graph import Graph
-from mpicdsgd.graphs.mixing_matrix import EXACT, Condition, Matrix, MixingMatrix, Spectrum
+from mpicdsgd.graphs.mixing_matrix import (
+    COLUMN,
+    DOUBLY,
+    EXACT,
+    Condition,
+    Matrix,
+    MixingMatrix,
+    Spectrum,
+)
 from mpicdsgd.graphs.mixing_rules import checked, lazy
 from mpicdsgd.graphs.topologies import exponential
 
@@ -62,6 +70,11 @@ class MixingCycle:
     def spectrum(self) -> Spectrum:
         """The product's, as of a directed graph's matrix: its gap is a whole cycle's."""
         return self.product.spectrum
+
+    @property
+    def stochastic(self) -> str:
+        """DOUBLY where all turns are, else COLUMN."""
+        return DOUBLY if all(turn.stochastic == DOUBLY for turn in self.turns) else COLUMN
 
     @property
     def gap_per_turn(self) -> float:

@@ -25,6 +25,8 @@ Matrix = npt.NDArray[np.float64]
 # What is taken for exact: sums, symmetry, eigenvalues. A ring's gap falls below it at N = 1e5.
 EXACT = 1e-9
 
+DOUBLY, COLUMN = "doubly stochastic", "column-stochastic"
+
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -64,16 +66,18 @@ class MixingMatrix:
     Compare two by ``digest``.
 
     Attributes:
-        Pi: float64, shape (N, N), read-only; rows and columns sum to 1.
+        Pi: float64, shape (N, N), read-only; columns sum to 1, and rows unless it is COLUMN.
         graph: who reads whom; Pi is 0 off its edges. A weight of 0 on an edge is kept.
         name: how messages and records call it.
         changes: what was changed in the matrix as given; part of ``remarks``.
+        stochastic: DOUBLY, or COLUMN: then only push-sum finds the mean by it.
     """
 
     Pi: Matrix
     graph: Graph
     name: str
     changes: tuple[str, ...] = ()
+    stochastic: str = DOUBLY
 
     def __post_init__(self) -> None:
         n = self.graph.n
@@ -151,7 +155,13 @@ class MixingMatrix:
     def remarks(self) -> tuple[str, ...]:
         """Warnings, a line each, for the caller to log once."""
         found = list(self.changes)
-        if self.graph.directed:
+        if self.stochastic == COLUMN:
+            found.append(
+                f"mixing {self.name}: {self.graph.title}: the columns of Pi sum to 1 and its rows "
+                f"do not: only push-sum finds the agents' mean by it, and the paper's theorems "
+                f"(Assumption 2 b) do not cover it"
+            )
+        elif self.graph.directed:
             found.append(
                 f"mixing {self.name}: {self.graph.title} is directed: Pi is doubly "
                 f"stochastic and keeps the mean, but the paper's theorems ask for undirected edges "

@@ -11,7 +11,15 @@ import numpy.typing as npt
 from mpicdsgd.common.errors import UserError
 from mpicdsgd.common.text import shorten
 from mpicdsgd.graphs.graph import Graph, connected_parts
-from mpicdsgd.graphs.mixing_matrix import EXACT, Condition, Matrix, MixingMatrix, Spectrum
+from mpicdsgd.graphs.mixing_matrix import (
+    COLUMN,
+    DOUBLY,
+    EXACT,
+    Condition,
+    Matrix,
+    MixingMatrix,
+    Spectrum,
+)
 
 __all__ = [
     "Condition",
@@ -21,6 +29,7 @@ __all__ = [
     "lazy",
     "max_degree",
     "metropolis",
+    "out_degree",
     "uniform",
 ]
 
@@ -80,10 +89,26 @@ def max_degree(graph: Graph) -> MixingMatrix:
     return MixingMatrix(_rest_to_self(Pi), graph, "max-degree")
 
 
+def out_degree(graph: Graph) -> MixingMatrix:
+    """P[j, l] = 1 / (1 + number of agents that read l): column-stochastic, on any directed graph.
+
+    Each agent divides what it has evenly among itself and who reads it. By such weights only
+    push-sum finds the agents' mean, unless the graph is regular. Source: arXiv 1811.10792.
+    """
+    readers = np.array([len(d) for d in graph.destinations])
+    P = (graph.adjacency() | np.eye(graph.n, dtype=np.bool_)) / (1.0 + readers)[np.newaxis, :]
+    return MixingMatrix(P, graph, "out-degree", stochastic=_kind(P))
+
+
+def _kind(P: Matrix) -> str:
+    return DOUBLY if np.abs(P.sum(axis=1) - 1).max() <= EXACT else COLUMN
+
+
 def lazy(mixing: MixingMatrix) -> MixingMatrix:
     """(I + Pi) / 2: the same graph, all eigenvalues moved half way to 1, so none below 0."""
     Pi = (np.eye(mixing.graph.n) + mixing.Pi) / 2
-    return MixingMatrix(Pi, mixing.graph, f"lazy:{mixing.name}", mixing.changes)
+    name = f"lazy:{mixing.name}"
+    return MixingMatrix(Pi, mixing.graph, name, mixing.changes, mixing.stochastic)
 
 
 def _rest_to_self(Pi: Matrix) -> Matrix:

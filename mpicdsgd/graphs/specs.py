@@ -36,6 +36,7 @@ _MATRICES: dict[str, Callable[[Graph], Mixing]] = {
     "uniform": mixing_rules.uniform,
     "metropolis": mixing_rules.metropolis,
     "max-degree": mixing_rules.max_degree,
+    "out-degree": mixing_rules.out_degree,
     "fastest": fastest,
     "matchings": mixing_cycle.alternating_matchings,
     "one-peer": mixing_cycle.one_peer_on,
@@ -73,7 +74,7 @@ def graph_from_spec(spec: str, n: int) -> Graph:
 def mixing_from_spec(spec: str, graph: Graph) -> Mixing:
     """The mixing matrix on ``graph`` that ``spec`` names, or the cycle of them.
 
-    ``uniform metropolis max-degree fastest lazy:<another> file:pi.csv file:pi.npy
+    ``uniform metropolis max-degree out-degree fastest lazy:<another> file:pi.csv file:pi.npy
     file:pi.h5:dataset``, and in turn ``matchings one-peer cycle:a.csv,b.csv``. Files:
     ``graphs.matrix_files.read_matrix``.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -18,23 +17,13 @@ import torch
 from numpy.typing import NDArray
 
 from mpicdsgd.common.errors import UserError
+from mpicdsgd.kernels.coefficients import Coefficients
 from mpicdsgd.kernels.native import SEGMENT
 
 log = logging.getLogger("mpicdsgd")
 
 _ALIGN = 16  # float32 elements in 64 bytes
 _CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Coefficients:
-    """What a parameter group's update is made of (design: v <- mu v - alpha h, and so on)."""
-
-    alpha: float
-    decay: float = 0.0
-    mu: float = 0.0
-    c_v: float = 0.0
-    c_g: float = 1.0
 
 
 class Arena:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from mpicdsgd.kernels import native
 from mpicdsgd.kernels.gpu.cuda import Gpu
 from mpicdsgd.kernels.gpu.update import DeviceUpdate
+
+_NONE = np.empty(0, np.float32)
 
 
 class Outcome(Protocol):
@@ -36,10 +38,10 @@ class Outcome(Protocol):
         """Sum of decay |at|^2 over them; likewise."""
 
 
-class Update(Protocol):
-    """One pass over the flat buffers: see `kernels.native.update` for what it computes.
+class Pass(NamedTuple):
+    """The arguments of one pass over the flat buffers: see `native.update` for what it computes.
 
-    Args:
+    Attributes:
         out, z, at, v, y: float32 tensors of shape (D,), as there.
         p, q, neighbours: published copies, as an exchange gives them.
         weights, segments: as there, on the host.
@@ -47,31 +49,34 @@ class Update(Protocol):
             element, on the agent's device.
         overflow: where it is not 0, the gradients count as absent: x <- mix, v kept; likewise.
         measure: of how many segments, the first ones; 0: do not.
+    """
+
+    out: torch.Tensor
+    z: torch.Tensor
+    at: torch.Tensor
+    segments: NDArray[np.void]
+    v: torch.Tensor | None = None
+    y: torch.Tensor | None = None
+    p: Any = None
+    q: Any = None
+    neighbours: list[Any] = []  # noqa: RUF012 - nobody writes into it
+    weights: NDArray[np.float32] = _NONE
+    scale: torch.Tensor | None = None
+    overflow: torch.Tensor | None = None
+    measure: int = 0
+
+
+class Update(Protocol):
+    """Makes passes where the agent's memory is.
 
     Attributes:
-        lag: how many further passes to give to a GPU before its outcome is asked for, so that
+        lag: how many further steps' passes to give to a GPU before an outcome is asked for, so that
             asking waits for nothing; 0 on the host.
     """
 
     lag: int
 
-    def __call__(
-        self,
-        out: torch.Tensor,
-        z: torch.Tensor,
-        *,
-        at: torch.Tensor,
-        v: torch.Tensor | None,
-        y: torch.Tensor | None,
-        p: Any,
-        q: Any,
-        neighbours: list[Any],
-        weights: NDArray[np.float32],
-        segments: NDArray[np.void],
-        scale: torch.Tensor | None = None,
-        overflow: torch.Tensor | None = None,
-        measure: int = 0,
-    ) -> Outcome: ...
+    def __call__(self, a: Pass) -> Outcome: ...
 
     def close(self) -> None:
         """Wait for all passes and give back what they used. Outcomes remain readable."""
@@ -79,7 +84,7 @@ class Update(Protocol):
 
 def make_update(gpu: Gpu | None, wire: str, timeout_s: float) -> Update:
     """The update on ``gpu``, or on the host; ``timeout_s``: how long to wait for a GPU. Local."""
-    return HostUpdate(wire) if gpu is None else DeviceUpdate(gpu, wire, timeout_s)
+    return HostUpdate(wire) if gpu is None else CardUpdate(gpu, wire, timeout_s)
 
 
 class HostOutcome:
@@ -115,48 +120,48 @@ class HostUpdate:
     def __init__(self, wire: str) -> None:
         self._wire = wire
 
-    def __call__(
-        self,
-        out: torch.Tensor,
-        z: torch.Tensor,
-        *,
-        at: torch.Tensor,
-        v: torch.Tensor | None,
-        y: torch.Tensor | None,
-        p: Any,
-        q: Any,
-        neighbours: list[Any],
-        weights: NDArray[np.float32],
-        segments: NDArray[np.void],
-        scale: torch.Tensor | None = None,
-        overflow: torch.Tensor | None = None,
-        measure: int = 0,
-    ) -> HostOutcome:
-        skipped = overflow is not None and float(overflow) != 0
+    def __call__(self, a: Pass) -> HostOutcome:
+        segments = a.segments
+        skipped = a.overflow is not None and float(a.overflow) != 0
         if skipped:
             segments = segments.copy()
             segments["grad"] = 0
-        elif scale is not None:
-            _unscale(segments, np.float32(1) / np.float32(float(scale)))
+        elif a.scale is not None:
+            _unscale(segments, np.float32(1) / np.float32(float(a.scale)))
         result = native.update(
-            out.numpy(),
-            z.numpy(),
-            at=at.numpy(),
-            v=None if v is None else v.numpy(),
-            y=None if y is None else y.numpy(),
-            p=p,
-            q=q,
-            neighbours=neighbours,
-            weights=weights,
+            a.out.numpy(),
+            a.z.numpy(),
+            at=a.at.numpy(),
+            v=None if a.v is None else a.v.numpy(),
+            y=None if a.y is None else a.y.numpy(),
+            p=a.p,
+            q=a.q,
+            neighbours=a.neighbours,
+            weights=a.weights,
             segments=segments,
             wire=self._wire,
             threads=torch.get_num_threads(),
-            measure=measure,
+            measure=a.measure,
         )
         return HostOutcome(result, skipped)
 
     def close(self) -> None:
         pass
+
+
+class CardUpdate:
+    """`gpu.update.DeviceUpdate` on a GPU's tensors."""
+
+    lag = DeviceUpdate.lag
+
+    def __init__(self, gpu: Gpu, wire: str, timeout_s: float) -> None:
+        self._update = DeviceUpdate(gpu, wire, timeout_s)
+
+    def __call__(self, a: Pass) -> Outcome:
+        return self._update(**a._asdict())
+
+    def close(self) -> None:
+        self._update.close()
 
 
 def _unscale(segments: NDArray[np.void], inverse: np.float32) -> None:

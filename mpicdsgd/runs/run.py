@@ -10,7 +10,8 @@ import torch
 from mpi4py import MPI
 
 from mpicdsgd.algorithms.config import descends
-from mpicdsgd.algorithms.factory import Circumstances, make_optimizer
+from mpicdsgd.algorithms.contract import Circumstances
+from mpicdsgd.algorithms.factory import make_optimizer
 from mpicdsgd.algorithms.server.server import Server
 from mpicdsgd.algorithms.torch_schedulers import make_scheduler
 from mpicdsgd.checkpoints.background_writer import Background
@@ -85,11 +86,12 @@ class Run:
                 config.exchange,
                 Circumstances(
                     per_epoch,
-                    self.data.shares[agents.rank],
+                    np.array([self.data.shares[agents.rank]]),
                     config.run.seed,
-                    server,
+                    agents.size,
                     self.course.shift,
                 ),
+                server,
                 buffers if config.model.buffers == "mixed" else (),
             )
         self.total_steps = self.course.total_steps

@@ -119,7 +119,7 @@ class Stop:
         what was fast so far need not be so the next time.
         """
         steps_s = optimizer.exchange.stops_within * max(self._step_s, default=0.0)
-        arrays = len(optimizer.stepper.flats())
+        arrays = len(optimizer.context.flats)
         size = 4 * optimizer.arena.size * arrays * self._agents.size
         expected_s = steps_s + self._longest_s + (write_s or size / _BYTES_PER_S)
         return max(_SAFETY * expected_s, min(_FLOOR_S, _FLOOR * self._max_seconds))

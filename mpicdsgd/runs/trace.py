@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # a trace is read without MPI
     import torch
     from mpi4py import MPI
 
-    from mpicdsgd.algorithms.stepper import Measured
+    from mpicdsgd.algorithms.measured import Measured
 
 # Over agents; lr is the same on all. The later ones a trace may lack.
 SUMS = ("loss", "disagreement", "gradient", "batch", "penalty", "moved")

@@ -1,5 +1,5 @@
 """A run of many agents in one process.
 
-May import `runs` and what is below. Begin with `simulation` (the loop) and `agent_stack` (the
-agents' memory and the passes over it).
+May import `runs` and what is below. Begin with `simulation` (the loop) and `rows` (the
+verbs of a step over the memory of all agents).
 """

@@ -13,8 +13,8 @@ from mpicdsgd.data import Samples
 from mpicdsgd.kernels.arena import Arena
 from mpicdsgd.models.evaluate import evaluate
 from mpicdsgd.runs.evaluation import accuracy, ratio, spread
-from mpicdsgd.simulation.agent_stack import Stack
 from mpicdsgd.simulation.minibatches import Together
+from mpicdsgd.simulation.rows import Rows
 from mpicdsgd.simulation.vmap_trial import Loss
 from mpicdsgd.simulation.vmapped import Sums
 
@@ -33,7 +33,7 @@ class Evaluates(Protocol):
 
 def measure(
     population: Evaluates,
-    stack: Stack,
+    stack: Rows,
     model: nn.Module,
     layout: Arena,
     test: Samples,
@@ -55,6 +55,11 @@ def measure(
     layout.flat.copy_(torch.from_numpy(mean_D))
     population.mean_buffers()
     loss, correct, count = evaluate(model, test, loss_fn, batch_size)
+    centre_D = stack.algorithm.centre(stack)
+    central = None
+    if centre_D is not None:
+        layout.flat.copy_(centre_D)
+        central = evaluate(model, test, loss_fn, batch_size)
     squared = _squared_distances(stack.x, mean_D, layout.parameters_end)
     train_loss, train_accuracy = _ratios(training)
     test_loss, test_accuracy = _ratios(own)
@@ -63,15 +68,17 @@ def measure(
         "train_accuracy": spread(train_accuracy),
         "test_loss": spread(test_loss),
         "test_accuracy": spread(test_accuracy),
-        "averaged_model": {
-            "test_loss": ratio(loss, count),
-            "test_accuracy": accuracy(correct, count),
-        },
+        "averaged_model": _of_one(loss, correct, count),
+        **({} if central is None else {"centre": _of_one(*central)}),
         "consensus": {
             "max": float(np.sqrt(squared.max())),
             "rms": float(np.sqrt(squared.mean())),
         },
     }
+
+
+def _of_one(loss: float, correct: int, count: int) -> dict[str, float]:
+    return {"test_loss": ratio(loss, count), "test_accuracy": accuracy(correct, count)}
 
 
 def mean(x_ND: torch.Tensor) -> NDArray[np.float32]:

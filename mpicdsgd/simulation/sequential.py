@@ -11,16 +11,19 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mpicdsgd.data import Samples
-from mpicdsgd.kernels.arena import Arena, Coefficients
+from mpicdsgd.kernels.arena import Arena
+from mpicdsgd.kernels.coefficients import Coefficients
 from mpicdsgd.models.evaluate import evaluate, is_classification
 from mpicdsgd.runs.rng import random_states, seed_generators, set_random_states
-from mpicdsgd.simulation.agent_stack import Stack
+from mpicdsgd.simulation.gradients import Part
 from mpicdsgd.simulation.minibatches import Together
+from mpicdsgd.simulation.rows import Rows
 from mpicdsgd.simulation.vmap_trial import Loss
-from mpicdsgd.simulation.vmapped import Part, Sums, Take, no_sums
+from mpicdsgd.simulation.vmapped import Sums, Take, no_sums
 
 
 class OneByOne:
@@ -38,7 +41,7 @@ class OneByOne:
         models: Sequence[nn.Module],
         average: nn.Module,
         loss_fn: Loss,
-        stack: Stack,
+        stack: Rows,
         mixed: frozenset[str],
         clip_norm: float,
         seed: int,
@@ -56,11 +59,15 @@ class OneByOne:
             self._generators.append(random_states())
         set_random_states(before)
 
-    def parts(self, take: Take, coefficients: Coefficients) -> Iterator[Part]:
+    def parts(
+        self, take: Take, coefficients: Coefficients, taking_part: NDArray[np.bool_]
+    ) -> Iterator[Part]:
         """See `vmapped.ManyAtATime.parts`; an agent's gradient lives until its next one."""
         before = random_states()
         try:
             for j, (model, arena) in enumerate(zip(self._models, self._arenas, strict=True)):
+                if not taking_part[j]:
+                    continue
                 (group,) = take(range(j, j + 1))
                 set_random_states(self._generators[j])
                 yield self._part(j, model, arena, group.inputs[0], group.targets[0], coefficients)

@@ -29,8 +29,9 @@ from mpicdsgd.runs.progress import Progress
 from mpicdsgd.runs.summary import evaluation, reached
 from mpicdsgd.runs.trace import SUMS, Lines
 from mpicdsgd.simulation.evaluation import measure
+from mpicdsgd.simulation.gradients import Part
 from mpicdsgd.simulation.start import prepare
-from mpicdsgd.simulation.vmapped import Part, add, no_sums
+from mpicdsgd.simulation.vmapped import add, no_sums
 
 
 class Simulation:
@@ -68,6 +69,8 @@ class Simulation:
         self._traced: list[tuple[float, NDArray[np.float64]]] = []
         self._means = no_sums(agents)
         self._losses = np.zeros(agents)
+        self._batch = 0
+        self._spent_since = 0.0
         self._shown = ""
         self.seconds = {"gradients": 0.0, "updates": 0.0, "evaluation": 0.0}
         self._progress = Progress(self.total_steps)
@@ -96,7 +99,7 @@ class Simulation:
         line: dict[str, Any] = {}
         try:
             with self._progress:
-                self.stack.publish()
+                self.stack.begin()
                 while self.steps < self.total_steps:
                     self._step()
                     if watch is not None:
@@ -121,32 +124,33 @@ class Simulation:
             self._means = no_sums(self._agents)
         group = start.hyperparameters.group
         lr = float(group["lr"])
-        began = time.perf_counter()
+        self._spent_since = time.perf_counter()
+        algorithm = stack.algorithm
+        taking_part = np.array([algorithm.takes_part(stack.steps, j) for j in range(self._agents)])
         parts: Iterable[Part] = start.population.parts(
             lambda agents: start.together.minibatches(epoch, position, agents),
             start.coefficients(group),
+            taking_part,
         )
         if stack.mixes_buffers:  # the forward passes write what the first round mixes
             parts = list(parts)
-            began = self._spent("gradients", began)
-        stack.begin()
-        began = self._spent("updates", began)
-        batch = 0
-        for part in parts:
-            began = self._spent("gradients", began)
-            self._take(part)
-            batch = part.batch
-            began = self._spent("updates", began)
+            self._spent("gradients")
+        if start.torch_steps is not None:
+            parts = start.torch_steps.apply(parts, self._take, group)
+        stack.advance(parts, start.coefficients(group), self._take)
+        if start.torch_steps is not None:
+            stack.gradient[:] = start.torch_steps.gradient
+            stack.penalty[:] = start.torch_steps.penalty
+        self._spent("updates")
         if not stack.finite.all():
-            self._stop(Reason.NON_FINITE, int(np.argmin(stack.finite)), stack.steps + 1)
-        stack.end()
+            self._stop(Reason.NON_FINITE, int(np.argmin(stack.finite)), stack.steps)
         if self._trace is not None:
             unknown = np.full(self._agents, np.nan)
             columns = {
                 "loss": self._losses,
                 "disagreement": stack.disagreement,
                 "gradient": stack.gradient,
-                "batch": np.full(self._agents, float(batch)),
+                "batch": np.full(self._agents, float(self._batch)),
                 "penalty": stack.penalty,
                 "moved": stack.moved if descends(self.config.optim) else unknown,
             }
@@ -156,18 +160,19 @@ class Simulation:
         self._progress.update(stack.steps, lambda: f"loss {self._mean_loss():.4f}{self._shown}")
 
     def _take(self, part: Part) -> None:
+        """Look at some agents' losses, before their gradients are used."""
+        self._spent("gradients")
         finite = np.isfinite(part.loss)
         if not finite.all():
             agent = int(part.agents[np.argmin(finite)])
             self._stop(Reason.NON_FINITE_LOSS, agent, self.stack.steps)
-        for j, segments in zip(part.agents.tolist(), part.segments, strict=True):
-            self.stack.finish(j, segments)
         self._losses[part.agents] = part.loss
+        self._batch = part.batch
         add(self._means, part.agents, part.loss, part.right, part.batch)
 
     def _evaluate(self) -> dict[str, Any]:
         self._flush()
-        began = time.perf_counter()
+        self._spent_since = time.perf_counter()
         start, config, done = self._start, self.config.run, self.steps
         training = self._means
         if config.evaluate_train:
@@ -188,7 +193,7 @@ class Simulation:
         self._metrics.append(line)
         self._shown = f"  {reached(line)}"
         self._progress.line(evaluation(line, self.total_steps))
-        self._spent("evaluation", began)
+        self._spent("evaluation")
         return line
 
     def _flush(self) -> None:
@@ -208,10 +213,11 @@ class Simulation:
         losses, _, count = self._means
         return float((losses / np.maximum(count, 1)).mean())
 
-    def _spent(self, what: str, began: float) -> float:
+    def _spent(self, what: str) -> None:
+        """What has passed since the last call went into ``what``."""
         now = time.perf_counter()
-        self.seconds[what] += now - began
-        return now
+        self.seconds[what] += now - self._spent_since
+        self._spent_since = now
 
     def _open_folder(self) -> int:
         """Claim a generation and write the config."""

@@ -14,29 +14,32 @@ import numpy as np
 import torch
 from torch import nn
 
-from mpicdsgd.algorithms.config import OptimConfig
-from mpicdsgd.algorithms.local_steps import check_nesterov, plain, with_momentum
+from mpicdsgd.algorithms.config import OptimConfig, is_torch, kind_of, settings_of
+from mpicdsgd.algorithms.contract import GRADIENTS, Algorithm, Circumstances
+from mpicdsgd.algorithms.factory import torch_optimizer
+from mpicdsgd.algorithms.opening import check_admitted
+from mpicdsgd.algorithms.registry import algorithms
 from mpicdsgd.algorithms.torch_schedulers import make_scheduler
 from mpicdsgd.comm.exchange.transport import WIRE_DTYPE
 from mpicdsgd.common.errors import UserError
 from mpicdsgd.data import Samples, load_everyone
 from mpicdsgd.graphs.mixing_cycle import Mixing
 from mpicdsgd.graphs.specs import graph_from_spec, mixing_from_spec
-from mpicdsgd.kernels.arena import Arena, Coefficients
+from mpicdsgd.kernels.arena import Arena
+from mpicdsgd.kernels.coefficients import Coefficients
 from mpicdsgd.models import build as models
 from mpicdsgd.models import losses
 from mpicdsgd.models.evaluate import evaluate
 from mpicdsgd.runs.config import Config, check
 from mpicdsgd.runs.rng import seed_generators
-from mpicdsgd.simulation.agent_stack import Stack
 from mpicdsgd.simulation.minibatches import Together
+from mpicdsgd.simulation.rows import Rows
 from mpicdsgd.simulation.sequential import OneByOne
+from mpicdsgd.simulation.torch_steps import TorchSteps
 from mpicdsgd.simulation.vmap_trial import Loss, Trial, try_out
 from mpicdsgd.simulation.vmapped import ManyAtATime
 
 log = logging.getLogger("mpicdsgd")
-
-SIMULATED = ("cdsgd", "cdmsgd", "icdsgd")
 
 
 class Hyperparameters(torch.optim.Optimizer):
@@ -62,6 +65,7 @@ class Start:
         coefficients: of a parameter group, as the algorithm's optimizer makes them.
         population: how the agents' gradients are computed.
         why_one_by_one: "" where they are computed many at a time.
+        torch_steps: where a torch optimizer is the local step.
     """
 
     mixing: Mixing
@@ -70,11 +74,12 @@ class Start:
     model: nn.Module
     loss_fn: Loss
     layout: Arena
-    stack: Stack
+    stack: Rows
     population: ManyAtATime | OneByOne
     hyperparameters: Hyperparameters
     coefficients: Callable[[dict[str, Any]], Coefficients]
     why_one_by_one: str
+    torch_steps: TorchSteps | None
 
     def scheduler(self, config: OptimConfig, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
         """The schedule of ``config`` over a run of so many steps."""
@@ -93,7 +98,7 @@ def prepare(config: Config, agents: int, one_by_one: bool) -> Start:
     graph = graph_from_spec(config.agents.topology, agents)
     mixing = mixing_from_spec(config.agents.mixing, graph)
     check(config)
-    _check(config)
+    _check(config, mixing)
     for remark in (*graph.remarks, *mixing.remarks):
         log.warning("%s", remark)
     if config.agents.threads >= 1 or not os.environ.get("OMP_NUM_THREADS"):
@@ -119,24 +124,23 @@ def prepare(config: Config, agents: int, one_by_one: bool) -> Start:
     if config.agents.init == "local":
         for j in range(1, agents):
             _copy(build(j), mixed, layout.views_of(flat[j]))
-    has_momentum = optim.name == "cdmsgd"
-    hyperparameters = Hyperparameters(
-        {"lr": optim.lr, "weight_decay": optim.weight_decay}
-        | ({"momentum": optim.momentum} if has_momentum else {})
-    )
-    coefficients = _coefficients(optim)
-    coefficients(hyperparameters.group)
-    stack = Stack(
+    algorithm, hyperparameters = _algorithm(config, together, agents)
+    stack = Rows(
         layout,
         flat,
         mixing,
+        algorithm,
         wire=config.exchange.wire,
-        rounds=optim.rounds,
-        has_momentum=has_momentum,
-        look_ahead=has_momentum and optim.nesterov == "look-ahead",
         messages=config.exchange.transport == "neighbor",
         measuring=config.run.theory,
+        clip_norm=optim.clip_norm,
+        is_ordered=config.exchange.sums == "ordered",
     )
+    torch_steps = None
+    if is_torch(optim):
+        torch_steps = TorchSteps(layout, flat, lambda own: torch_optimizer(optim, own))
+        stack.has_moved = True
+    clip_norm = 0.0 if algorithm.over == GRADIENTS else optim.clip_norm  # there the mean's
     trial = Trial("the command line asks for it")
     if not one_by_one:
         few_agents = range(min(2, agents))
@@ -148,25 +152,43 @@ def prepare(config: Config, agents: int, one_by_one: bool) -> Start:
         if config.agents.init == "broadcast":
             for other in of_agents:
                 other.load_state_dict(model.state_dict())
-        population = OneByOne(of_agents, model, loss_fn, stack, mixed, optim.clip_norm, seed)
+        population = OneByOne(of_agents, model, loss_fn, stack, mixed, clip_norm, seed)
     else:
-        population = ManyAtATime(model, loss_fn, layout, stack, optim.clip_norm, trial)
+        population = ManyAtATime(model, loss_fn, layout, stack, clip_norm, trial)
     return Start(
         mixing, everyone.test, together, model, loss_fn, layout, stack, population,
-        hyperparameters, coefficients, trial.why_not,
+        hyperparameters, algorithm.settings.coefficients, trial.why_not, torch_steps,
     )  # fmt: skip
 
 
-def _check(config: Config) -> None:
-    optim = config.optim
-    if optim.name not in SIMULATED:
+def _algorithm(
+    config: Config, together: Together, agents: int
+) -> tuple[Algorithm, Hyperparameters]:
+    """The algorithm as a job would have it, and its parameter group."""
+    settings = settings_of(config.optim)
+    run = Circumstances(
+        together.steps_per_epoch, np.array(together.shares), config.run.seed, agents
+    )
+    algorithm = kind_of(config.optim)(settings, run)
+    defaults = {
+        f.name: getattr(settings, f.name)
+        for f in dataclasses.fields(settings)
+        if f.metadata.get("per_group")
+    }
+    algorithm.check(agents)
+    settings.coefficients(defaults)
+    return algorithm, Hyperparameters(defaults)
+
+
+def _check(config: Config, mixing: Mixing) -> None:
+    kind = kind_of(config.optim)
+    if not kind.synchronous:
+        known = [name for name, other in algorithms().items() if other.synchronous]
         raise UserError(
-            f'optim.name = "{optim.name}" is not simulated: simulate runs {", ".join(SIMULATED)}, '
-            "and train all others"
+            f'optim.name = "{config.optim.name}" is not simulated, as its agents go each at its '
+            f"own pace: simulate runs {', '.join(known)} and torch optimizers, and train all others"
         )
-    if optim.rounds < 1:
-        raise UserError(f"rounds (tau) must be at least 1, got {optim.rounds}")
-    check_nesterov(optim.nesterov)
+    check_admitted(kind, config.optim.name, mixing)
     if config.exchange.wire not in WIRE_DTYPE:
         raise UserError(
             f'exchange.wire must be one of {", ".join(WIRE_DTYPE)}, got "{config.exchange.wire}"'
@@ -182,12 +204,6 @@ def _check(config: Config) -> None:
             f"{run_dir} holds checkpoints of a run, whose metrics a simulation would hide: set "
             "run.dir to another folder"
         )
-
-
-def _coefficients(optim: OptimConfig) -> Callable[[dict[str, Any]], Coefficients]:
-    if optim.name != "cdmsgd":
-        return plain
-    return lambda group: with_momentum(group, optim.nesterov is True)
 
 
 def _mixed(model: nn.Module, buffers: str) -> frozenset[str]:

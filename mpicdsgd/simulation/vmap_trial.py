@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from mpicdsgd.kernels.arena import Arena
-from mpicdsgd.simulation.agent_stack import stacked_views
 from mpicdsgd.simulation.minibatches import Group
+from mpicdsgd.simulation.stacked_views import stacked_views
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 Gradients: TypeAlias = tuple[Tensor | None, ...]

@@ -2,13 +2,13 @@
 
 torch.func maps one function of the model over stacked parameters and minibatches. It serves models
 whose outputs depend on parameters and inputs alone; `try_out` finds that out. The others go by
-`onebyone`, which has the same face.
+`sequential`, which has the same face.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
 from mpicdsgd.data import Samples
-from mpicdsgd.kernels.arena import Arena, Coefficients
+from mpicdsgd.kernels.arena import Arena
+from mpicdsgd.kernels.coefficients import Coefficients
 from mpicdsgd.models.evaluate import is_classification
-from mpicdsgd.simulation.agent_stack import Stack, stacked_views
+from mpicdsgd.simulation.gradients import Part
 from mpicdsgd.simulation.minibatches import Group, Together
+from mpicdsgd.simulation.rows import Rows
+from mpicdsgd.simulation.stacked_views import stacked_views
 from mpicdsgd.simulation.vmap_trial import Loss, Trial, loss_of
 
 Take: TypeAlias = Callable[[range], list[Group]]
@@ -28,24 +31,6 @@ Sums: TypeAlias = tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64
 
 _BUDGET_BYTES = 1 << 27  # of gradients and what autograd keeps: more is not faster
 _COEFFICIENTS = ("alpha", "decay", "mu", "c_v", "c_g")
-
-
-class Part(NamedTuple):
-    """What some agents make of their minibatches.
-
-    Attributes:
-        agents: int64, shape (n,).
-        loss: mean of each, float64, shape (n,).
-        right: right answers, int64, shape (n,); -1 where accuracy has no meaning.
-        batch: samples of each.
-        segments: the kernel's table for each, whose gradients live until the next part is made.
-    """
-
-    agents: NDArray[np.int64]
-    loss: NDArray[np.float64]
-    right: NDArray[np.int64]
-    batch: int
-    segments: Sequence[NDArray[np.void]]
 
 
 class ManyAtATime:
@@ -64,12 +49,12 @@ class ManyAtATime:
         model: nn.Module,
         loss_fn: Loss,
         layout: Arena,
-        stack: Stack,
+        stack: Rows,
         clip_norm: float,
         trial: Trial,
     ) -> None:
         self._model, self._layout, self._clip_norm, self._trial = model, layout, clip_norm, trial
-        self._agents = stack.agents
+        self._agents = stack.size
         names = [name for name, _ in model.named_parameters()]
         self._views = dict(zip(names, stacked_views(layout, stack.flat), strict=True))
         self._x_views = dict(zip(names, stacked_views(layout, stack.x), strict=True))
@@ -87,14 +72,17 @@ class ManyAtATime:
         self._rows = list(self._segments)
         self._keep_alive: list[Tensor] = []
 
-    def parts(self, take: Take, coefficients: Coefficients) -> Iterator[Part]:
-        """Yield every agent's loss and gradient at its row of `Stack.flat`.
+    def parts(
+        self, take: Take, coefficients: Coefficients, taking_part: NDArray[np.bool_]
+    ) -> Iterator[Part]:
+        """Yield every agent's loss and gradient at its row of `Rows.flat`.
 
         A row may be changed as soon as its part is there.
 
         Args:
             take: gives the minibatches of a range of agents.
             coefficients: of the step, on all agents.
+            taking_part: which agents compute a gradient, shape (N,).
         """
         self._model.train()
         for name in _COEFFICIENTS:
@@ -104,7 +92,8 @@ class ManyAtATime:
         )
         for agents in self._chunks(range(self._agents), self._chunk):
             for group in take(agents):
-                yield self._part(group)
+                part = self._part(group)
+                yield part if taking_part[part.agents].all() else _those(part, taking_part)
 
     def _part(self, group: Group) -> Part:
         views = _rows_of(self._views, group.agents)
@@ -182,6 +171,13 @@ class ManyAtATime:
     @staticmethod
     def _chunks(agents: range, size: int) -> Iterator[range]:
         return (agents[start : start + size] for start in range(0, len(agents), size))
+
+
+def _those(part: Part, taking_part: NDArray[np.bool_]) -> Part:
+    """What ``part`` has of the agents that take part."""
+    some = taking_part[part.agents]
+    segments = [rows for rows, is_one in zip(part.segments, some, strict=True) if is_one]
+    return Part(part.agents[some], part.loss[some], part.right[some], part.batch, segments)
 
 
 def right_answers(outputs: Tensor, targets: Tensor) -> NDArray[np.int64]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mpicdsgd.algorithms.config import descends, rounds_of
 from mpicdsgd.common.errors import UserError
 from mpicdsgd.graphs.mixing_cycle import covered
 from mpicdsgd.graphs.mixing_matrix import Spectrum, powered
@@ -143,7 +144,7 @@ def case_of(run: Rebuilt, effort: Effort) -> Case:
     """What the theory can be asked of ``run``. Local; estimates the constants."""
     optim, mixing = run.config.optim, run.mixing
     why = ""
-    if optim.name not in ("cdsgd", "icdsgd"):
+    if not descends(optim):
         kind = "momentum" if optim.name == "cdmsgd" else "an update of its own"
         why = f"the theory is of CDSGD, and {optim.name} has {kind}"
     elif len(mixing.turns) > 1:
@@ -164,7 +165,7 @@ def case_of(run: Rebuilt, effort: Effort) -> Case:
             _ = found.constants
         except UserError as error:
             why = why or str(error)
-    rounds = 2 if optim.name == "icdsgd" and optim.rounds == 1 else optim.rounds
+    rounds = rounds_of(optim)
     return Case(
         run,
         found,

@@ -17,7 +17,7 @@ from mpi4py import MPI
 from mpicdsgd.checkpoints import background_writer, writer_process
 from mpicdsgd.comm import shutdown
 from mpicdsgd.comm.exchange import exchange
-from mpicdsgd.comm.links import link
+from mpicdsgd.comm.links import assembly
 from mpicdsgd.common import signals
 from mpicdsgd.kernels import gpu
 from mpicdsgd.runs import owner
@@ -74,7 +74,7 @@ def nobody_owns_a_folder_that_is_gone() -> Iterator[None]:
 def who_leaves_says_so_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second is for jobs; in a hundred tests it is two minutes."""
     monkeypatch.setattr(exchange, "_GRACE_S", 0.1)
-    monkeypatch.setattr(link, "_GRACE_S", 0.1)
+    monkeypatch.setattr(assembly, "_GRACE_S", 0.1)
 
 
 class Lasting(writer_process.WriterProcess):

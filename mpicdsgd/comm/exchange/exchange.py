@@ -1,6 +1,6 @@
 """The exchange's protocol: posting, waiting, how a stop and a fault spread, and how it ends.
 
-What moves the values is a `carrier.Carrier`; everything here is about the 64-byte headers that
+What moves the values is a `transport.Carrier`; everything here is about the 64-byte headers that
 travel with them.
 """
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from mpicdsgd.comm import shutdown
 from mpicdsgd.comm.agents import Agents
+from mpicdsgd.comm.communication import Hooks, NoHooks
 from mpicdsgd.comm.exchange import header as hd
 from mpicdsgd.comm.exchange.errors import AgentFault, AgentLeft, AgentMissing, OutOfStep
 from mpicdsgd.comm.exchange.header import NEVER, Fault, Header, Reason
@@ -31,6 +32,11 @@ from mpicdsgd.common.patience import Patience
 log = logging.getLogger("mpicdsgd")
 
 _GRACE_S = 1.0  # how long close() waits for the others before it tells them that it left
+
+_INTERRUPTED = (
+    "no exchange is under way: the last step was interrupted by an exception, or this is a forked "
+    "child process"
+)
 
 _kept: list[Carrier] = []  # with their buffers: MPI may yet write into them
 
@@ -52,22 +58,23 @@ class Exchange:
         published: the buffer to fill before `post`, shape (D,) (on a GPU: its address).
         previous: what this agent published last, likewise; it may be the same memory.
         edges: how each neighbour's values come, and why that way.
-        stop_step: after so many steps all agents stop, as far as known here.
-        stops_within: steps from a request until all agents stop, at most.
-        fault: the least fault known here.
-        fault_raised: whether it has been raised already, so that closing need not raise it again.
-        wait_s, bytes_sent: totals since opening.
-        before_closing: called when closing begins, also at exit: the last chance to `report`.
+        stop_step, stops_within, fault, fault_raised, wait_s, bytes_sent, before_closing: as
+            `communication.Communication` has them.
     """
+
+    carries_values = True
+    averages_gradients = False
 
     def __init__(
         self, agents: Agents, carrier: Carrier, timeout_s: float, by_thread: bool = False
     ) -> None:
         self._carrier = carrier
+        self.hooks: Hooks = NoHooks()
         self._helper = Helper(carrier.advance) if by_thread else None
         self._all: MPI.Intracomm = agents.comm.Dup()
         self._rank = agents.rank
         self._destinations = agents.destinations
+        self._sources = [turn.sources for turn in agents.turns]
         self._diameter = agents.graph.diameter
         self._timeout_s = timeout_s
         self._generation = agents.generation
@@ -84,7 +91,8 @@ class Exchange:
         self._step = 0
         self._turn = 0
         self._under_way = False
-        self._closed = False
+        self._closed = self._is_busy = False
+        self._numbers: dict[int, tuple[float, ...]] = {}  # of each peer, in the last post
         self.before_closing: Callable[[], None] = _nothing
         shutdown.watch(self)
 
@@ -122,11 +130,14 @@ class Exchange:
         """
         self._found = self._found or (reason, at)
 
-    def post(self, step: int, mixing_round: int = 0, turn: int = 0) -> None:
+    def post(
+        self, step: int, mixing_round: int = 0, turn: int = 0, numbers: tuple[float, ...] = ()
+    ) -> None:
         """Start showing `published`, which holds ``step`` completed steps. Returns at once.
 
         Args:
             mixing_round: of this step; ``turn``: of the cycle of mixing matrices, for this round.
+            numbers: at most `header.NUMBERS`, float64.
         """
         if self._stop_wanted:
             self.stop_step = min(self.stop_step, step + self._diameter)
@@ -134,16 +145,43 @@ class Exchange:
         if self._found:
             self.fault = min(self.fault, self._own_fault(step))
             self._found = None
-        header = Header(step, mixing_round, self._generation, self.stop_step, self.fault)
+        header = Header(
+            step, mixing_round, self._generation, self.stop_step, self.fault, numbers=numbers
+        )
         self._post(header, turn)
 
-    def begin(self, step: int, turn: int = 0) -> None:
-        """`post` parameters that were given from outside."""
-        self.post(step, 0, turn)
+    def begin(self, step: int) -> None:
+        """Nothing: who works over it posts."""
+
+    def after(self, step: int) -> None:
+        """Nothing: headers say it."""
+
+    @contextlib.contextmanager
+    def uninterrupted(self) -> Iterator[None]:
+        """A block that an exception leaves half done: the next one raises a RuntimeError."""
+        if self._is_busy:
+            raise RuntimeError(_INTERRUPTED)
+        self._is_busy = True
+        yield
+        self._is_busy = False
+
+    def complete_gradients(self) -> None:
+        """Nothing: gradients are each agent's own."""
+
+    def ready(self, parameter: torch.Tensor) -> None:
+        """Autograd has added a gradient: a moment to let MPI move data."""
+        self.progress()
 
     def withdraw(self, step: int) -> None:
         """End the exchange under way without using what comes, as parameters are to be changed."""
-        self.wait(step)
+        if self._is_busy:
+            raise RuntimeError(_INTERRUPTED)
+        if self._under_way:
+            self.wait(step)
+
+    def numbers(self) -> list[tuple[float, ...]]:
+        """What came beside the buffers that `wait` gave, in the same order."""
+        return [self._numbers[agent] for agent in self._sources[self._turn]]
 
     def arrays(self) -> dict[str, torch.Tensor]:
         """What a checkpoint must hold: nothing, as x says all."""
@@ -153,8 +191,8 @@ class Exchange:
         """Take over what `arrays` gave."""
 
     def centre(self) -> torch.Tensor | None:
-        """A model beside the agents' own: there is none."""
-        return None
+        """A model beside the agents' own, if the algorithm has one."""
+        return self.hooks.centre()
 
     def look(self) -> None:
         """Nothing: what others wait for is under way by itself."""
@@ -184,10 +222,7 @@ class Exchange:
             RuntimeError: if the step before was interrupted, or in a forked child.
         """
         if not self._under_way or not shutdown.is_rank():
-            raise RuntimeError(
-                "no exchange is under way: the last step was interrupted by an exception, or this "
-                "is a forked child process"
-            )
+            raise RuntimeError(_INTERRUPTED)
         start = time.perf_counter()
         if self._helper is not None:
             self._helper.end()
@@ -198,7 +233,9 @@ class Exchange:
         self._under_way = False
         self.wait_s += time.perf_counter() - start
         for agent, slot in zip(self._carrier.peers, self._carrier.headers, strict=True):
-            self._check(agent, hd.read(slot), step, mixing_round)
+            header = hd.read(slot)
+            self._check(agent, header, step, mixing_round)
+            self._numbers[agent] = header.numbers if header is not None else ()
         return self._carrier.take()
 
     def close(self) -> None:

@@ -18,24 +18,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 HEADER_BYTES = 64
+NUMBERS = 2  # that may travel beside a published buffer
 NEVER = 2**62
 _MAGIC = 0x6364_7367  # "cdsg"
 _LAYOUT = np.dtype(
     [
         ("magic", "<u4"),
         ("generation", "<i4"),
-        ("step", "<i8"),
-        ("round", "<i4"),
+        ("step", "<u4"),
+        ("leaver_step", "<u4"),
+        ("round", "<u2"),
+        ("fault_reason", "<u2"),
         ("leaver", "<i4"),
         ("stop_step", "<i8"),
         ("fault_step", "<i8"),
-        ("fault_at", "<i8"),
+        ("fault_at", "<u4"),
         ("fault_agent", "<i4"),
-        ("fault_reason", "<i4"),
-        ("leaver_step", "<i8"),
+        ("numbers", "<f8", (2,)),
     ]
 )
 assert _LAYOUT.itemsize == HEADER_BYTES
+_WORDS = tuple(name for name in _LAYOUT.names or () if name != "numbers")
+_ZEROS = (0.0,) * NUMBERS
 
 
 class Reason(IntEnum):
@@ -65,13 +69,17 @@ class Fault:
 class Header:
     """What an agent says of the buffer it publishes."""
 
-    step: int  # completed steps that the buffer holds
+    step: int  # completed steps that the buffer holds; below 2^32
     round: int = 0  # mixing round within the step (tau > 1)
     generation: int = 0  # of the run: each restart is a new one
     stop_step: int = NEVER
     fault: Fault = Fault()
     leaver: int = -1  # the agent that left first, if any has ...
     leaver_step: int = 0  # ... and its completed steps
+    numbers: tuple[float, ...] = (
+        0.0,
+        0.0,
+    )  # of the algorithm, beside the buffer; at most `NUMBERS`
 
     @property
     def leaving(self) -> bool:
@@ -85,14 +93,15 @@ def write(header: Header, slot: NDArray[np.uint8]) -> None:
         _MAGIC,
         header.generation,
         header.step,
+        header.leaver_step,
         header.round,
+        int(fault.reason),
         header.leaver,
         header.stop_step,
         fault.step,
         fault.at,
         fault.agent,
-        int(fault.reason),
-        header.leaver_step,
+        header.numbers + _ZEROS[len(header.numbers) :],
     )
 
 
@@ -101,7 +110,7 @@ def read(slot: NDArray[np.uint8]) -> Header | None:
     row: Any = slot.view(_LAYOUT)[0]
     if row["magic"] != _MAGIC:
         return None
-    word = {name: int(row[name]) for name in _LAYOUT.names or ()}
+    word = {name: int(row[name]) for name in _WORDS}
     fault = Fault(
         word["fault_step"], word["fault_at"], Reason(word["fault_reason"]), word["fault_agent"]
     )
@@ -113,6 +122,7 @@ def read(slot: NDArray[np.uint8]) -> Header | None:
         fault,
         word["leaver"],
         word["leaver_step"],
+        tuple(row["numbers"].tolist()),
     )
 
 

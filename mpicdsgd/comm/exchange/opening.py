@@ -51,9 +51,9 @@ class ExchangeConfig:
     wire: str = "float32"
     timeout_s: float = 300.0
     prefetch: str = "auto"  # "always", "never": fetch direct neighbours' values from other GPUs
-    progress: str = (
-        "auto"  # "thread", "hooks": who moves messages during the gradient, see `helper`
-    )
+    # "thread", "hooks": who moves messages during the gradient, see `progress_thread`
+    progress: str = "auto"
+    sums: str = "mpi"  # "ordered": sums over all agents in agent order, as simulated; see `Sum`
 
 
 def open_exchange(agents: Agents, size: int, config: ExchangeConfig) -> Exchange:

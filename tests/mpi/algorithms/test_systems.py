@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -114,7 +115,7 @@ def test_several_backwards_and_clipping_see_the_mean(comm: MPI.Intracomm) -> Non
 
 def test_backwards_over_parts_of_the_model(comm: MPI.Intracomm, monkeypatch: Any) -> None:
     """Buckets of one parameter each; two losses that share some parameters."""
-    monkeypatch.setattr("mpicdsgd.algorithms.gradient_average.BUCKET", 1)
+    monkeypatch.setattr("mpicdsgd.comm.links.mean_gradients.BUCKET", 1)
     agents = make_agents(comm)
     torch.manual_seed(0)
     one, two, three = (torch.nn.Parameter(torch.randn(3)) for _ in range(3))
@@ -167,7 +168,7 @@ def test_fedavg(comm: MPI.Intracomm, fraction: float, beta: float) -> None:
     X, s, m = everybody_at_first(problem), problem.start[0].astype(np.float64), np.zeros(D)
     chosen_ever = set()
     for k in range(4 * period + 1):
-        chosen = opt.exchange.chosen(k // period)
+        chosen = opt.algorithm.chosen(k // period, n)
         assert len(chosen) == max(1, int(fraction * n))
         chosen_ever |= set(chosen.tolist())
         assert opt.takes_part == (agents.rank in chosen)
@@ -224,13 +225,14 @@ def test_gossip_in_pairs(comm: MPI.Intracomm, topology: str, p: float) -> None:
     agents = make_agents(comm, topology)
     problem, net = problem_of(agents)
     opt = GossipSGD(net.parameters(), ALPHA, agents=agents, probability=p, seed=3)
-    link: Any = opt.exchange
+    algorithm: Any = opt.algorithm
     X = problem.start.astype(np.float64)
     met = 0
     for k in range(8):
         train(opt, net, 1, start=k)
         X = X - ALPHA * problem.gradient(k, X)[0]
-        partners = comm.allgather(link.partner(k + 1))
+        partners = comm.allgather(int(algorithm.partners(opt.context, k + 1)[0]))
+        partners = [other if other >= 0 else None for other in partners]
         for j, other in enumerate(partners):
             if other is not None:
                 assert partners[other] == j
@@ -252,12 +254,11 @@ def test_gosgd_keeps_weights_and_weighted_mean(comm: MPI.Intracomm, topology: st
     agents = make_agents(comm, topology)
     _, net = problem_of(agents)
     opt = GoSGD(net.parameters(), ALPHA, agents=agents, probability=0.7, seed=1)
-    link: Any = opt.exchange
     start = gather(comm, net.vector())
     for _ in range(50):
         opt.mix()
     opt.rest()
-    w = np.array(comm.allgather(link.weight))
+    w = np.array(comm.allgather(opt.weight))
     assert w.sum() == pytest.approx(1.0, abs=1e-12)
     assert (w > 0).all()
     assert relative(w @ gather(comm, net.vector()), start.mean(0)) <= 1e-5
@@ -408,8 +409,7 @@ def test_elastic_symmetry(comm: MPI.Intracomm) -> None:
             opt.mix()
         # The pull of the last step is the server's already: have it made here, too.
         opt.rest()
-        link: Any = opt.exchange
-        link._period = 1000
+        opt.algorithm.settings = dataclasses.replace(opt.algorithm.settings, period=1000)
         opt.mix()
         opt.rest()
         after = gather(agents.comm, net.vector()).sum(0) + flatten(centre_of(opt))
@@ -659,11 +659,11 @@ SERVER = "optim.asynchronous=true"
         ("gosgd", ["optim.probability=1.1"], "must be in [0, 1], got 1.1"),
         ("gosgd", ["optim.lr=-1"], "optim.lr must be a finite number >= 0, got -1"),
         ("cdsgd", ["optim.fraction=0.5"], "optim.fraction = 0.5 is for fedavg only"),
-        ("sgd", ["optim.rounds=2"], "optim.rounds = 2 is for cdsgd, cdmsgd and icdsgd only"),
+        ("sgd", ["optim.rounds=2"], "optim.rounds = 2 is for cdsgd, icdsgd and cdmsgd only"),
         ("sgd", [SERVER], "optim.asynchronous = true is for easgd and eamsgd only"),
         ("gossip", ["optim.n_fetch=2"], "optim.n_fetch = 2 is for downpour only"),
-        ("sgd", ["exchange.wire=bfloat16"], "SGD exchanges float32 only"),
-        ("msgd", ["exchange.transport=direct"], "MSGD has no graph's edges"),
+        ("sgd", ["exchange.wire=bfloat16"], "sgd exchanges float32 only"),
+        ("msgd", ["exchange.transport=direct"], "msgd has no graph's edges"),
         ("gossip", ["optim.momentum=0.95"], "optim.momentum = 0.95 is for cdmsgd, msgd and"),
         ("gosgd", ["exchange.timeout_s=0"], "exchange.timeout_s must be positive"),
         ("fedvag", [], 'unknown optim.name "fedvag": did you mean fedavg?'),
@@ -683,9 +683,9 @@ def test_a_bad_setting_of_a_run(
         ("downpour", ["optim.n_push=0"], "optim.n_push must be a whole number >= 1, got 0"),
         ("downpour", ["optim.n_fetch=-1"], "optim.n_fetch must be a whole number >= 1, got -1"),
         ("downpour", ["model.buffers=mixed", "model.name=test_systems:batch_norm",
-                      "model.args={}"], "Downpour SGD exchanges gradients"),
+                      "model.args={}"], "downpour exchanges gradients"),
         ("downpour", ["optim.probability=0.1"], "is for gossip and gosgd only"),
-        ("downpour", ["exchange.wire=bfloat16"], "Downpour exchanges float32 only"),
+        ("downpour", ["exchange.wire=bfloat16"], "downpour exchanges float32 only"),
         ("downpour", ["data.name=minst"], "did you mean mnist?"),
         ("downpour", ["agents.topology=rnig"], "unknown topology"),
         ("downpour", ["run.epochs=0"], "run.epochs must be at least 1"),
@@ -751,12 +751,12 @@ def test_gosgd_rests_only_when_late_mail_has_been_read(comm: MPI.Intracomm) -> N
     agents = make_agents(comm, "complete")
     x = torch.nn.Parameter(torch.full((64,), float(agents.rank)))
     opt = GoSGD([x], agents=agents, probability=1.0)
-    link: Any = opt.exchange
-    read, readings = link._read_mail, iter(range(10**9))
-    link._read_mail = lambda: read() if next(readings) > 600 else None
+    box: Any = opt.context._mailbox
+    read, readings = box.read, iter(range(10**9))
+    box.read = lambda: read() if next(readings) > 600 else None
     opt.mix()
     opt.rest()
-    w = np.array(comm.allgather(link.weight))
+    w = np.array(comm.allgather(opt.weight))
     assert w.sum() == pytest.approx(1.0, abs=1e-12)
     means = np.array(comm.allgather(float(x.detach().mean())))
     assert w @ means == pytest.approx((comm.size - 1) / 2, rel=1e-5)

@@ -96,7 +96,7 @@ def test_a_schedule_that_was_left_behind_catches_up(comm: MPI.Intracomm) -> None
     """A death may come between the step's post and the schedule."""
     run = some_steps(comm, 5)
     meta = run._standing.snapshot().meta
-    run.optimizer.stepper.steps += 1
+    run.optimizer.context.steps += 1
     part = run.abandon()
     assert part.step == part.meta["scheduler"]["last_epoch"] == 6
     assert part.meta["groups"][0]["lr"] < meta["groups"][0]["lr"]

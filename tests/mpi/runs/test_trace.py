@@ -131,7 +131,7 @@ def test_nothing_waits_and_nothing_is_lost(comm: MPI.Intracomm, device: str) -> 
     net, opt = optimizer(agents, "nesterov")
     train(opt, net, STEPS)
     opt.mix()
-    assert len(opt.stepper.measured) == STEPS + 1 - (2 if device == "emulated" else 0)
+    assert len(opt.context.measured) == STEPS + 1 - (2 if device == "emulated" else 0)
     found = opt.measured()
     assert [one.step for one in found] == list(range(STEPS + 1))
     assert found[-1].gradient == 0.0

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mpicdsgd.algorithms.pairs import Pairs
+from mpicdsgd.algorithms.contract import Circumstances
+from mpicdsgd.algorithms.gossip import GossipSettings, PairwiseGossip
 from mpicdsgd.algorithms.server.rules import ADAGRAD, DOWNPOUR, ELASTIC, Rule, Setup, rule_from
 from mpicdsgd.graphs.graph import Graph
 from mpicdsgd.graphs.specs import graph_from_spec
@@ -202,10 +203,13 @@ def test_a_rule_owns_its_model() -> None:
 def meetings(graph: Graph, step: int, probability: float, seed: int = 0) -> list[int | None]:
     """Whom each agent thinks that it meets."""
 
+    run = Circumstances(agents=graph.n, seed=seed)
+    algorithm = PairwiseGossip(GossipSettings(probability=probability), run)
+
     def partner(rank: int) -> int | None:
-        agents = SimpleNamespace(graph=graph, size=graph.n, rank=rank)
-        link: Any = SimpleNamespace(agents=agents, _probability=probability, _seed=seed)
-        return Pairs.partner(link, step)
+        ctx: Any = SimpleNamespace(size=graph.n, ranks=np.array([rank]), neighbours=graph.sources)
+        (other,) = algorithm.partners(ctx, step).tolist()
+        return other if other >= 0 else None
 
     return [partner(rank) for rank in range(graph.n)]
 

@@ -8,8 +8,8 @@ from mpicdsgd.comm.exchange.header import Fault, Header, Reason
 
 def test_a_header_is_read_as_written() -> None:
     slot = np.zeros(hd.HEADER_BYTES, np.uint8)
-    fault = Fault(2**40, 2**40 - 7, Reason.NON_FINITE, 4095)
-    header = Header(2**40 + 1, 3, 12, 2**41, fault, 17, 2**39)
+    fault = Fault(2**40, 2**32 - 7, Reason.NON_FINITE, 4095)
+    header = Header(2**32 - 1, 3, 12, 2**41, fault, 17, 2**31, (1 / 3, -2.5e-300))
     hd.write(header, slot)
     assert hd.read(slot) == header
     hd.clear(slot)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from mpicdsgd.common.errors import UserError
-from mpicdsgd.kernels.arena import Arena, Coefficients
+from mpicdsgd.kernels.arena import Arena
+from mpicdsgd.kernels.coefficients import Coefficients
 from mpicdsgd.kernels.native import SEGMENT
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpicdsgd.algorithms.stepper import Measured
+from mpicdsgd.algorithms.measured import Measured
 from mpicdsgd.common.errors import UserError
 from mpicdsgd.common.run_folder import newest_generation
 from mpicdsgd.runs import trace

@@ -388,9 +388,7 @@ def test_it_leaves_a_runs_folder_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (("optim.name=fedavg", "run.theory=false"), 'optim.name = "fedavg" is not simulated: '
-         "simulate runs cdsgd, cdmsgd, icdsgd, and train all others"),
-        (("optim.name=torch.optim:AdamW",), "is not simulated"),
+        (("optim.name=gosgd", "run.theory=false"), "its agents go each at its own pace"),
         (("optim.name=cdsdg",), "did you mean cdsgd"),
         (("optim.rounds=0",), "rounds \\(tau\\) must be at least 1, got 0"),
         (("optim.name=cdmsgd", "optim.nesterov=ahead"), 'true, false or "look-ahead"'),

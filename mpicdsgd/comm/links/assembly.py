@@ -1,8 +1,8 @@
-"""What agents share by other ways than a graph's edges, behind the face of an `Exchange`.
+"""All agents together, where no graph's edges carry a stop or a fault; see `comm.communication`.
 
 The algorithms that the paper compares with average over all agents, or ask a server, or meet one
-other agent at a time. Each has a link (a file beside this one) that says what happens after a step
-and before the next pass; how a stop and a fault spread, how it ends and what is counted is here.
+other agent at a time. What moves the values is a part of its own (a file beside this one); how a
+stop and a fault spread, how all end and what is counted is here.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from mpicdsgd.comm import shutdown
 from mpicdsgd.comm.agents import Agents
+from mpicdsgd.comm.communication import Hooks, NoHooks
 from mpicdsgd.comm.exchange.errors import AgentFault, AgentLeft
 from mpicdsgd.comm.exchange.header import Fault, Reason
 from mpicdsgd.comm.links.notices import Signals
@@ -29,26 +30,29 @@ log = logging.getLogger("mpicdsgd")
 
 _GRACE_S = 1.0  # how long close() waits for the others before it tells them that it left
 _LEFT = 1  # tag
+_PART = 1 << 26  # elements at once: no MPI library takes more than 2^31 bytes everywhere
 
 
-class Memory(Protocol):
-    """The agent's parameters, as a `Stepper` has them."""
-
-    @property
-    def x(self) -> torch.Tensor:
-        """Shape (D,), on the agent's device; to be written by the two below only."""
-
-    def mix_in(self, other_D: torch.Tensor, weight: float) -> None:
-        """x <- x + weight (other - x), by the kernel."""
-
-    def replace(self, values_D: torch.Tensor) -> None:
-        """x <- values."""
+def pieces(host_D: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+    """Views of ``host_D`` that MPI can take, one after the other."""
+    return [host_D[start : start + _PART] for start in range(0, host_D.size, _PART)]
 
 
-class Link:
-    """Base of the links. Making one is collective over ``agents``.
+class Part(Protocol):
+    """What moves values between agents, a part of an assembly."""
 
-    `begin`, then `wait` and `post` in turn, as an `Exchange`'s.
+    def progress(self) -> bool:
+        """Let MPI move data, for a moment; whether nothing is under way. During backward, too."""
+
+    def rest(self) -> None:
+        """Bring everything under way to its end. Collective, after the same step on all agents."""
+
+    def end(self) -> Iterator[None]:
+        """As `rest`, for the last time, yielding while there is something to wait for."""
+
+
+class Assembly:
+    """See the module and `communication.Communication`. Making one is collective over ``agents``.
 
     Args:
         every: steps between two `Signals`; agents are never more than twice that apart.
@@ -56,18 +60,21 @@ class Link:
             be many steps behind, ``every`` / 4 times as long.
 
     Attributes:
-        memory: the agent's parameters, set by `attach`.
+        parts: what is under way, in the order in which it is ended.
+        comm: for the parts; waiter: waits for what they have under way.
         bytes_sent: by this agent since opening. A sum over all agents counts as what an optimal
             Allreduce sends, 2 (N - 1) / N of its bytes, as MPI does not say what it sends.
-        stop_step, stops_within, fault, fault_raised, wait_s, before_closing: as of an `Exchange`.
     """
 
+    carries_values = False
+    averages_gradients = False
     published: Any = None  # nothing is published by the pass itself
     previous: Any = None
-    memory: Memory
 
     def __init__(self, agents: Agents, every: int, timeout_s: float) -> None:
         self.agents = agents
+        self.parts: list[Part] = []
+        self.hooks: Hooks = NoHooks()
         self.comm: MPI.Intracomm = agents.comm.Dup()
         self.bytes_sent = 0
         self.fault_raised = False
@@ -79,86 +86,58 @@ class Link:
         self._closing: MPI.Intracomm = agents.comm.Dup()  # ranks may close at different steps
         self._left: NDArray[np.int64] | None = None
         self._leavers: dict[int, int] = {}  # agents that told so, and after which step
-        self._closed = self._is_loaded = self._is_busy = False
+        self._closed = self._is_busy = False
         shutdown.watch(self)
 
-    # What a link is made of: each does nothing here.
+    def begin(self, step: int) -> None:
+        self._signals.begin(step)
+        self.waiter.step = step
 
-    def began(self, step: int, is_new: bool) -> None:
-        """The parameters were given from outside, after ``step`` steps. Collective, at rest.
+    def after(self, step: int) -> None:
+        self._signals.after(step)
+        self.waiter.step = step  # only now: an agent that left after it has done all this, too
 
-        Args:
-            is_new: whether what the agents share begins with them; else `load` gave that.
-        """
+    def post(
+        self, step: int, mixing_round: int = 0, turn: int = 0, numbers: tuple[float, ...] = ()
+    ) -> None:
+        raise NotImplementedError("nothing is published here: there are no edges")
 
-    def stepped(self, step: int) -> None:
-        """The pass of step ``step`` is done; `x` may be changed here."""
-
-    def neighbours(self) -> list[torch.Tensor]:
-        """What the next pass mixes in, shape (D,) each, with the stepper's weights."""
+    def wait(self, step: int, mixing_round: int = 0) -> list[Any]:
         return []
 
-    def advance(self) -> bool:
-        """Let MPI move data, for a moment; whether nothing is under way. During backward, too."""
-        return True
+    def numbers(self) -> list[tuple[float, ...]]:
+        return []
+
+    def complete_gradients(self) -> None:
+        pass
+
+    def ready(self, parameter: torch.Tensor) -> None:
+        self.progress()
+
+    def progress(self) -> bool:
+        self._signals.progress()
+        return all([part.progress() for part in self.parts])  # noqa: C419 - each of them
 
     def look(self) -> None:
-        """What can be done while this agent waits for others, between two steps."""
+        self.hooks.look()
 
     def rest(self) -> None:
-        """Bring everything under way to its end. Collective, after the same step on all agents."""
+        for part in self.parts:
+            part.rest()
+        self.hooks.rest()
+
+    def centre(self) -> torch.Tensor | None:
+        return self.hooks.centre()
 
     def arrays(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint must hold beside the agent's own arrays, by name; written in place."""
         return {}
 
     def load(self, arrays: dict[str, NDArray[Any]]) -> None:
-        """Take over what `arrays` gave; `begin` follows. Local."""
         for name, tensor in self.arrays().items():
             tensor.copy_(torch.from_numpy(np.array(arrays[name])))
-        self._is_loaded = True
-
-    def centre(self) -> torch.Tensor | None:
-        """The model beside the agents' own, shape (D,), if there is one. Collective, at rest."""
-        return None
-
-    def end(self) -> Iterator[None]:
-        """As `rest`, for the last time, yielding while there is something to wait for."""
-        yield from ()
 
     def free(self) -> None:
         """Give back communicators and memory."""
-
-    # The face of an exchange.
-
-    def attach(self, memory: Memory) -> None:
-        """Work on the parameters in ``memory``. Before anything else."""
-        self.memory = memory
-
-    def begin(self, step: int, turn: int = 0) -> None:
-        """Take the parameters as they are. Collective."""
-        with self._uninterrupted():
-            self._signals.begin(step)
-            self.began(step, not self._is_loaded)
-            self._is_loaded = False
-            self.waiter.step = step
-
-    def post(self, step: int, mixing_round: int = 0, turn: int = 0) -> None:
-        """What follows the pass that completed ``step``."""
-        with self._uninterrupted():
-            self.stepped(step)
-            self._signals.after(step)
-            self.waiter.step = step  # only now: an agent that left after it has done all this, too
-
-    def wait(self, step: int, mixing_round: int = 0) -> list[Any]:
-        """What the next pass mixes in."""
-        with self._uninterrupted():
-            return [self._address(buffer) for buffer in self.neighbours()]
-
-    def progress(self) -> bool:
-        """Let MPI move data, for a moment; whether nothing is under way. At any time."""
-        self._signals.progress()
-        return self.advance()
 
     def withdraw(self, step: int) -> None:
         """Have nothing under way, as parameters are to be changed. Collective."""
@@ -217,7 +196,9 @@ class Link:
             log.warning(
                 "the agents closed after different numbers of steps: %s", ends[:, 0].tolist()
             )
-        yield from self.end()
+        for part in self.parts:
+            yield from part.end()
+        self.parts = []  # what they refer to may refer to this
         yield from self._signals.conclude()
         yield from self._quietly(self._closing.Ibarrier())
         shutdown.forget(self)
@@ -244,6 +225,19 @@ class Link:
                 "all ranks the same bits; choose another algorithm in its settings"
             )
 
+    def broadcast(self, values_D: torch.Tensor) -> None:
+        """Give every agent agent 0's ``values_D``, in place. Collective."""
+        host = values_D.cpu().contiguous()
+        for part in pieces(host.numpy()):
+            self.waiter.wait(self.comm.Ibcast(part, root=0), "agent 0")
+        values_D.copy_(host)
+
+    def everyones(self, value: float) -> NDArray[np.float64]:
+        """``value`` of every agent, shape (N,). Collective."""
+        mine, all_ = np.array([value], np.float64), np.empty(self.agents.size, np.float64)
+        self.waiter.wait(self.comm.Iallgather(mine, all_), "the other agents")
+        return all_
+
     def meet(self) -> None:
         """Have all agents here before they raise: the first to end would take rank 0's message."""
         self.together()
@@ -253,7 +247,7 @@ class Link:
         self.waiter.wait(self.comm.Ibarrier(), "the other agents")
 
     @contextlib.contextmanager
-    def _uninterrupted(self) -> Iterator[None]:
+    def uninterrupted(self) -> Iterator[None]:
         if self._is_busy:
             raise RuntimeError(
                 "the last step was interrupted by an exception: the agents are out of step, end "
@@ -270,9 +264,6 @@ class Link:
     def _quietly(self, request: MPI.Request) -> Iterator[None]:
         for _ in self.waiter.looks(request, "the others to close"):
             yield
-
-    def _address(self, buffer: torch.Tensor) -> Any:
-        return buffer.numpy() if buffer.device.type == "cpu" else buffer.data_ptr()
 
     def _tell_that_left(self, step: int) -> None:
         self._left = np.array([step], np.int64)

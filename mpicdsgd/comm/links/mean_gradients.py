@@ -12,32 +12,42 @@ the step adds to the mean and sends all again, which is right as the mean of equ
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from mpi4py import MPI
+from numpy.typing import NDArray
 
 from mpicdsgd.comm.agents import Agents
-from mpicdsgd.comm.links.allreduce import Sum
-from mpicdsgd.comm.links.link import Link
+from mpicdsgd.comm.links.allreduce import in_order
+from mpicdsgd.comm.links.assembly import Assembly
 from mpicdsgd.comm.waiting import All
 from mpicdsgd.kernels.arena import Arena
 
 log = logging.getLogger("mpicdsgd")
 
-EVERY = 1  # steps between signals: the agents meet in every step anyway
 BUCKET = 1 << 20  # elements
 
 
-class MeanGradients(Link):
+class MeanGradients(Assembly):
     """See the module. Collective over ``agents``.
 
     Args:
         arena: the parameters.
+        is_ordered: see `allreduce.Sum`.
     """
 
-    def __init__(self, agents: Agents, arena: Arena, timeout_s: float) -> None:
-        super().__init__(agents, EVERY, timeout_s)
+    averages_gradients = True
+
+    def __init__(
+        self, agents: Agents, arena: Arena, every: int, timeout_s: float, is_ordered: bool = False
+    ) -> None:
+        super().__init__(agents, every, timeout_s)
+        self.parts.append(_Waves(self))
+        self._is_ordered = is_ordered
+        self._gathered: list[NDArray[np.float32]] = []  # of the buckets that are out, all agents'
         self._arena = arena
         self._flat = torch.zeros(arena.size, device=agents.device)
         self._host = self._flat
@@ -55,13 +65,6 @@ class MeanGradients(Link):
         self._waves = 0  # since the last step
         self._is_backward = False
         self._renew()
-
-    def began(self, step: int, is_new: bool) -> None:
-        if is_new:
-            start = Sum(self, self._arena.size)
-            start.buffer.copy_(self.memory.x)
-            start.broadcast(start.buffer)
-            self.memory.replace(start.buffer)
 
     def ready(self, parameter: torch.Tensor) -> None:
         """Autograd has added this backward's gradient of ``parameter``."""
@@ -83,8 +86,7 @@ class MeanGradients(Link):
             self._send()
         self.progress()
 
-    def complete(self) -> None:
-        """Have the mean in every ``.grad``. Collective, before every step."""
+    def complete_gradients(self) -> None:
         if self._is_backward:
             raise RuntimeError(
                 "the last backward() was interrupted by an exception: the agents are out of step, "
@@ -96,10 +98,8 @@ class MeanGradients(Link):
         self._waves = 0
 
     def advance(self) -> bool:
+        """Let MPI move data, for a moment; whether nothing is under way. During backward, too."""
         return MPI.Request.Testall(self._requests) if self._requests else True
-
-    def rest(self) -> None:
-        self.alike(self.memory.x[: self._arena.parameters_end], "the model")
 
     def _backward_ended(self) -> None:
         self._end_wave()
@@ -131,11 +131,19 @@ class MeanGradients(Link):
         if self._host is not self._flat:
             self._host[begin:end].copy_(part)
         sent = self._host[begin:end].numpy()
+        if self._is_ordered:
+            self._gathered.append(np.empty((self.agents.size, sent.size), np.float32))
+            self._requests.append(self.comm.Iallgather(sent, self._gathered[-1]))
+            self.bytes_sent += sent.nbytes * (self.agents.size - 1)
+            return
         self._requests.append(self.comm.Iallreduce(MPI.IN_PLACE, sent, MPI.SUM))
         self.counted(sent.nbytes)
 
     def _wait(self) -> None:
         self.waiter.wait(All(list(self._requests)), "the other agents' gradients")
+        for (begin, end), rows in zip(self._ranges, self._gathered, strict=False):
+            in_order(rows, self._host[begin:end].numpy())
+        self._gathered = []
         if self._host is not self._flat:
             for begin, end in self._ranges[: len(self._requests)]:
                 self._flat[begin:end].copy_(self._host[begin:end])
@@ -145,18 +153,43 @@ class MeanGradients(Link):
         trained = [i for i, p in enumerate(self._arena.parameters) if p.requires_grad and p.numel()]
         if trained != self._trained or not self._waiting:
             self._trained = trained
-            self._members: list[list[int]] = []
-            size = BUCKET
-            for i in reversed(trained):
-                if size >= BUCKET or self._members[-1][-1] != i + 1:
-                    self._members.append([])
-                    size = 0
-                self._members[-1].append(i)
-                size += int(self._arena.segments["length"][i])
-            rows = self._arena.segments
-            self._ranges = [
-                (int(rows["offset"][m[-1]]), int(rows["offset"][m[0]] + rows["length"][m[0]]))
-                for m in self._members
-            ]
+            self._members, self._ranges = buckets(self._arena.segments, trained)
             self._bucket_of = {i: b for b, m in enumerate(self._members) for i in m}
         self._waiting = [set(members) for members in self._members]
+
+
+def buckets(
+    segments: NDArray[np.void], trained: list[int]
+) -> tuple[list[list[int]], list[tuple[int, int]]]:
+    """The parameters of each bucket, the last ones first, and where in the arena it lies.
+
+    Args:
+        segments: of the arena.
+        trained: the parameters that have a gradient, ascending.
+    """
+    members: list[list[int]] = []
+    size = BUCKET
+    for i in reversed(trained):
+        if size >= BUCKET or members[-1][-1] != i + 1:
+            members.append([])
+            size = 0
+        members[-1].append(i)
+        size += int(segments["length"][i])
+    ends = segments["offset"] + segments["length"]
+    return members, [(int(segments["offset"][m[-1]]), int(ends[m[0]])) for m in members]
+
+
+class _Waves:
+    """The part of the assembly that the buckets under way are."""
+
+    def __init__(self, gradients: MeanGradients) -> None:
+        self._gradients = gradients
+
+    def progress(self) -> bool:
+        return self._gradients.advance()
+
+    def rest(self) -> None:
+        """Nothing: a backward ends with the last bucket."""
+
+    def end(self) -> Iterator[None]:
+        yield from ()

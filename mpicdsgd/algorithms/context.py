@@ -1,0 +1,540 @@
+"""A step in a job: the verbs of `contract.Context` for one agent, its memory and its passes.
+
+The exchange of step k is under way while the user computes the gradient of step k. On a GPU a pass
+is only given to the stream here; nothing waits for it. What is published at the end of a step is
+posted when the step is counted and judged, so that headers say how many steps are complete.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mpicdsgd.algorithms.contract import MAIL, PAIRS, SUMS, Algorithm
+from mpicdsgd.algorithms.measured import Beside, Measured, Passes
+from mpicdsgd.algorithms.received import Received
+from mpicdsgd.algorithms.torch_step import TorchStep
+from mpicdsgd.comm.agents import Agents
+from mpicdsgd.comm.communication import Communication, NoHooks
+from mpicdsgd.comm.exchange.errors import AgentFault
+from mpicdsgd.comm.exchange.header import Reason
+from mpicdsgd.comm.exchange.opening import ExchangeConfig
+from mpicdsgd.comm.exchange.transport import WIRE_DTYPE
+from mpicdsgd.comm.links.allreduce import Sum
+from mpicdsgd.comm.links.assembly import Assembly
+from mpicdsgd.comm.links.mailbox import Mailbox
+from mpicdsgd.comm.links.swap import Swap
+from mpicdsgd.kernels.arena import Arena
+from mpicdsgd.kernels.coefficients import Coefficients
+from mpicdsgd.kernels.update import Outcome, Pass, make_update
+
+log = logging.getLogger("mpicdsgd")
+
+_NONE = np.empty(0, np.float32)
+
+
+class AgentContext:
+    """See the module and `contract.Context`. Making one is local.
+
+    `begin_step`, then `advance` or `begin`; all but these two and `close` are local.
+
+    Args:
+        arena: the parameters (and mixed buffers).
+        communication: open, of the arena's size; the context closes it.
+        config: wire type, timeout, order of sums.
+        torch_step: in the place of the fused local step.
+        debug: find writes through ``.data`` too, by a checksum of all parameters each step.
+
+    Attributes:
+        steps: steps completed.
+        coefficients: of each parameter, set before `advance`.
+        flats: the whole state but for ``steps``, each float32 of shape (D,): x, v where there is
+            momentum, y = x + mu v with look-ahead (the arena then, else the arena is x), and the
+            algorithm's own vectors below "link/".
+        skipped_means_fault: whether a gradient that a pass left out is a loss that is no number.
+        measuring: whether steps add to ``measured``. With several mixing rounds the first one is
+            at x_k, and measured.
+        measured: of the steps whose passes are known to be done; whoever reads it empties it.
+    """
+
+    def __init__(
+        self,
+        agents: Agents,
+        arena: Arena,
+        algorithm: Algorithm,
+        communication: Communication,
+        config: ExchangeConfig,
+        *,
+        torch_step: TorchStep | None,
+        debug: bool,
+    ) -> None:
+        self.arena, self.communication, self.algorithm = arena, communication, algorithm
+        self.server: Any = communication
+        self.steps = 0
+        self.skipped_means_fault = self.measuring = False
+        self.measured: list[Measured] = []
+        self.size, self.parameters_end = agents.size, arena.parameters_end
+        self.ranks = np.array([agents.rank])
+        self.neighbours, self.readers = agents.graph.sources, agents.graph.destinations
+        self._agents, self._rank, self._debug, self._torch = agents, agents.rank, debug, torch_step
+        self._update = make_update(agents.gpu, config.wire, config.timeout_s)
+        self._outcomes: deque[Passes] = deque()
+        self._checksum = 0
+        local = algorithm.settings
+        has_momentum = local.has_momentum and torch_step is None
+        self.v = torch.zeros_like(arena.flat) if has_momentum else None
+        self.ahead = arena.flat.clone() if has_momentum and local.look_ahead else None
+        self._own = {name: torch.zeros_like(arena.flat) for name in algorithm.vectors}
+        if algorithm.posts > 1:
+            self._own["mixed"] = torch.empty_like(arena.flat)
+        self._numbers = {
+            name: torch.full((1,), value, dtype=torch.float64)
+            for name, value in algorithm.numbers.items()
+        }
+        self._weights = _weights_of(agents)
+        self._turn = self._round = 0  # the next publication's number in this step
+        self._is_one = len(algorithm.sends) == 1
+        self._slots = {name: slot for slot, name in enumerate(algorithm.sends)} | {"mixed": 0}
+        self._wire_bytes = np.dtype(WIRE_DTYPE[config.wire]).itemsize
+        self._number_names: tuple[str, ...] = ()
+        self.before: Any = None
+        self._fresh = 0  # bits of the slots of `published` that a pass has written
+        self._is_to_post = self._is_loaded = False
+        self._sent_numbers: tuple[float, ...] = ()
+        self.coefficients: Sequence[Coefficients] = ()
+        self._gradient: NDArray[np.void] | None = None
+        self._scale: torch.Tensor | None = None
+        self._overflow: torch.Tensor | None = None
+        self._beside: Beside | None = None
+        self._made: list[Outcome] = []
+        self._at_x: Outcome | None = None
+        self._local: Outcome | None = None
+        self._open_parts(config)
+        if not communication.carries_values:
+            arena.segments["own"] = 0  # nothing is published: the difference is to x itself
+        communication.hooks = self
+        communication.before_closing = self.settle
+
+    def _open_parts(self, config: ExchangeConfig) -> None:
+        link, size = self.communication, self.arena.size
+        if not isinstance(link, Assembly):
+            return
+        if self.algorithm.over == SUMS:
+            self._sum = Sum(link, size, config.sums == "ordered")
+        elif self.algorithm.over == PAIRS:
+            self._swap = Swap(link, size)
+        elif self.algorithm.over == MAIL:
+            self._mailbox = Mailbox(link, size, self._mail_has_come)
+        self._assembly = link
+
+    # State.
+
+    @property
+    def x(self) -> torch.Tensor:
+        """The agent's parameters, shape (D,)."""
+        return self.arena.flat if self.ahead is None else self.ahead
+
+    @property
+    def flats(self) -> dict[str, torch.Tensor]:
+        flats = {"x": self.x}
+        if self.v is not None:
+            flats["v"] = self.v
+        if self.ahead is not None:
+            flats["y"] = self.arena.flat
+        own = {f"link/{name}": self._own[name] for name in self.algorithm.vectors}
+        numbers = {f"link/{name}": value for name, value in self._numbers.items()}
+        shared = {f"link/{name}": value for name, value in self.communication.arrays().items()}
+        return flats | own | numbers | shared
+
+    def load(self, arrays: dict[str, NDArray[Any]]) -> None:
+        """Take over `flats` of then; `begin` follows. Local."""
+        for name, flat in self.flats.items():
+            flat.copy_(torch.from_numpy(np.array(arrays[name])))
+        prefix = "link/"
+        own = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+        self.communication.load({name: own[name] for name in self.communication.arrays()})
+        self._is_loaded = True
+
+    # The walk of a step.
+
+    def begin_step(self) -> None:
+        """Find out whether the parameters are still ours and as we left them."""
+        moved = self.arena.repair()
+        written = self.arena.changed() or (self._debug and self._checksum != self.arena.checksum())
+        if moved or written:
+            log.error(
+                "agent %d: parameters were changed outside step() since they were last published; "
+                "all agents will stop",
+                self._rank,
+            )
+            self.communication.report(Reason.CHANGED_BY_HAND)
+            self._accept()
+        self._take_buffers()
+
+    def advance(
+        self,
+        segments: NDArray[np.void] | None,
+        scale: torch.Tensor | None = None,
+        overflow: torch.Tensor | None = None,
+        beside: Beside | None = None,
+    ) -> None:
+        """Make the algorithm's step, count it, judge its passes, and post what is to be shown.
+
+        Args:
+            segments: with gradients and coefficients; None: a step without a gradient.
+            scale, overflow: see `update.Update`.
+            beside: where a torch optimizer applies the gradient.
+
+        Raises:
+            AgentFault: on all agents alike, where the fault known to all is due.
+            ExchangeError: if a neighbour is missing, left or out of step.
+        """
+        self._gradient, self._scale, self._overflow = segments, scale, overflow
+        self._beside, self._made, self._at_x, self._local = beside, [], None, None
+        with self.communication.uninterrupted():
+            self.algorithm.step(self)
+            self.steps += 1
+            if self._made:
+                *others, last = self._made
+                at_x = self._at_x if self.measuring else None
+                self._outcomes.append(
+                    Passes(self.steps, last, tuple(others), self._local, at_x, self._beside)
+                )
+            self._judge(self._update.lag)
+            self._round = 0
+            if self._is_to_post:
+                self._post()
+            self.communication.after(self.steps)
+        if self.communication.fault.step <= self.steps:
+            self.communication.fault_raised = True
+            self.communication.meet()
+            raise AgentFault(self.communication.fault)
+
+    def begin(self) -> None:
+        """Have the algorithm take the parameters as they are; nothing is under way. Collective."""
+        self._take_buffers()
+        self._made, self._round = [], 0
+        with self.communication.uninterrupted():
+            self.communication.begin(self.steps)
+            self.algorithm.begin(self, not self._is_loaded)
+            self._is_loaded = False
+            if self._made:
+                self._outcomes.append(Passes(self.steps, self._made[-1], tuple(self._made[:-1])))
+            self.settle()
+            self._accept()
+            if self._is_to_post:
+                self._post()
+
+    def keep_x(self) -> None:
+        """Keep x as it is before a torch optimizer's step, where nothing is published."""
+        self._kept = self.x.clone()
+        on_host = self._kept.device.type == "cpu"
+        self.before = self._kept.numpy() if on_host else self._kept.data_ptr()
+
+    def settle(self) -> None:
+        """Learn what became of all passes so far, waiting for a GPU."""
+        self._judge(0)
+
+    def close(self) -> None:
+        """End the communication. Collective.
+
+        Raises:
+            AgentFault: on all agents, for a fault that the last steps found and none has raised.
+        """
+        try:
+            self.communication.close()
+        finally:
+            self.communication.hooks = NoHooks()  # it refers to who refers to this
+            self._update.close()
+
+    # The verbs: see `contract.Context`.
+
+    @property
+    def step(self) -> int:
+        return self.steps
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._flat(name).view(1, -1)
+
+    def number(self, name: str) -> NDArray[np.float64]:
+        array: NDArray[np.float64] = self._numbers[name].numpy()
+        return array
+
+    def column(self, numbers: NDArray[np.float64]) -> torch.Tensor:
+        rounded = torch.from_numpy(np.asarray(numbers, np.float32)).view(-1, 1)
+        return rounded.to(self.arena.flat.device)
+
+    def everyones(self, values: NDArray[Any]) -> NDArray[np.float64]:
+        return self._assembly.everyones(float(values[0]))
+
+    def publish(self, **numbers: NDArray[np.float64]) -> None:
+        for slot, name in enumerate(self.algorithm.sends):
+            if not self._fresh >> slot & 1:
+                self.update(name)
+        self._number_names = tuple(numbers)
+        self._sent_numbers = tuple(float(value[0]) for value in numbers.values())
+        self._is_to_post = True
+
+    def received(self) -> Received:
+        if self._is_to_post:
+            self._post()
+        near = self.communication.wait(self.steps, self._round - 1)
+        own, weights, exact = self._weights[self._turn]
+        beside = self.communication.numbers() if self._number_names else []
+        return Received(
+            [near], [weights], [own], [exact], self._number_names, [self._sent_numbers], [beside]
+        )
+
+    def update(
+        self,
+        out: str = "x",
+        *,
+        start: str = "",
+        mix: Received | torch.Tensor | None = None,
+        weight: float | NDArray[np.float64] = 1.0,
+        gradient: bool | str = False,
+        factor: NDArray[np.float64] | float = 1.0,
+        publish: bool = True,
+        moved: bool = False,
+    ) -> None:
+        slot = self._slots.get(out, -1)
+        near, weights = self._near(mix, weight, slot)
+        if not near and mix is not None and not gradient and not isinstance(mix, Received):
+            return  # of weight 0: this agent's row is left alone
+        p, q = self._published(slot, near, publish)
+        segments = self._segments(gradient, factor, moved, has_q=q is not None)
+        is_local = gradient is True  # the local step, in its place
+        is_at_x = slot == 0 and isinstance(mix, Received) and self._at_x is None
+        out_D = self._flat(out)
+        outcome = self._update(
+            Pass(
+                out_D,
+                self._flat(start) if start else out_D,
+                at=self.arena.flat,
+                v=self.v if is_local else None,
+                y=self.arena.flat if is_local and self.ahead is not None else None,
+                p=p,
+                q=q,
+                neighbours=near,
+                weights=weights,
+                segments=segments,
+                scale=self._scale if is_local else None,
+                overflow=self._overflow if is_local else None,
+                measure=len(self.arena.parameters)
+                if self.measuring and (is_local or is_at_x)
+                else 0,
+            )
+        )
+        self._made.append(outcome)
+        if is_local:
+            self._local = outcome
+        if is_at_x:
+            self._at_x = outcome
+        if p is not None:
+            self._fresh |= 1 << slot
+        if out == "x":
+            self._was_written()
+
+    def take_gradient(self, into: str) -> None:
+        if self._gradient is None:
+            return
+        segments = self._gradient.copy()
+        segments["alpha"], segments["own"] = -1.0, 0  # v <- 0 v + h, and x + 0 v is x
+        segments["mu"] = segments["c_v"] = segments["c_g"] = 0.0
+        x = self.x
+        outcome = self._update(
+            Pass(
+                x, x, at=self.arena.flat, v=self._flat(into), segments=segments,
+                scale=self._scale, overflow=self._overflow,
+            )
+        )  # fmt: skip
+        self._made.append(outcome)
+        self._was_written()
+
+    def replace(self, values: torch.Tensor) -> None:
+        self.x.copy_(values[0])
+        if self.ahead is not None:
+            self.arena.flat.copy_(values[0])  # v is 0 then
+        self._was_written()
+
+    def start_sum(self, values: torch.Tensor) -> None:
+        self._sum.buffer.copy_(values[0])
+        self._sum.start()
+
+    def summed(self) -> torch.Tensor:
+        return self._sum.result().view(1, -1)
+
+    def broadcast(self, values: torch.Tensor) -> None:
+        self._assembly.broadcast(values[0])
+
+    def swap(self, partners: NDArray[np.int64]) -> torch.Tensor:
+        return self._swap.swap(self.x, int(partners[0])).view(1, -1)
+
+    def require_alike(self, name: str, what: str) -> None:
+        end = self.parameters_end if name == "x" else None  # BatchNorm's statistics are their own
+        self._assembly.alike(self._flat(name)[:end], what)
+
+    def add_gradient(self, into: str) -> None:
+        if self._gradient is None or (self._overflow is not None and float(self._overflow)):
+            return
+        scale = 1.0 if self._scale is None else float(self._scale)
+        views = self.arena.views_of(self._flat(into))
+        for parameter, view, one in zip(
+            self.arena.parameters, views, self.coefficients, strict=False
+        ):
+            if parameter.grad is not None:
+                gradient = parameter.grad
+                view.add_(gradient.to_dense() if gradient.is_sparse else gradient, alpha=1 / scale)
+                if one.decay:
+                    view.add_(parameter.detach(), alpha=one.decay)
+
+    def step_sizes(self) -> list[float]:
+        return [one.alpha for one in self.coefficients]
+
+    def read_mail(self) -> None:
+        self._mailbox.read()
+
+    def wait_for_mail_room(self) -> None:
+        self._mailbox.wait_for_room()
+
+    def send_mail(self, to: int, weight: float) -> None:
+        self._mailbox.send(to, self.x, weight)
+
+    # What the communication asks: see `communication.Hooks`.
+
+    def look(self) -> None:
+        if self.algorithm.over == MAIL:
+            self.read_mail()  # who waits for this one to receive may be the one that it waits for
+
+    def rest(self) -> None:
+        self.algorithm.rest(self)
+
+    def centre(self) -> torch.Tensor | None:
+        return self.algorithm.centre(self)
+
+    # What the verbs are made of.
+
+    def _flat(self, name: str) -> torch.Tensor:
+        return self.x if name == "x" else self._own[name]
+
+    def _near(
+        self, mix: Received | torch.Tensor | None, weight: Any, slot: int
+    ) -> tuple[list[Any], NDArray[np.float32]]:
+        if mix is None:
+            return [], _NONE
+        if isinstance(mix, Received):
+            near = mix.near[0]
+            return near if self._is_one else [self._part(n, slot) for n in near], mix.weights[0]
+        one = np.array([weight], np.float32).reshape(1)
+        row = mix[0]
+        address = row.numpy() if row.device.type == "cpu" else row.data_ptr()
+        return ([address], one) if one[0] != 0 else ([], _NONE)
+
+    def _published(self, slot: int, near: list[Any], publish: bool) -> tuple[Any, Any]:
+        """What a pass writes for the neighbours, and what they saw of this agent last."""
+        if not self.communication.carries_values:
+            return None, self.before if near else None
+        if slot < 0:
+            return None, None
+        p, q = self.communication.published, self.communication.previous
+        if not self._is_one:
+            p, q = self._part(p, slot), self._part(q, slot)
+        return p if publish else None, q
+
+    def _part(self, buffer: Any, slot: int) -> Any:
+        """The part of a published buffer that a sent vector has."""
+        size = self.arena.size
+        if isinstance(buffer, np.ndarray):
+            return buffer[slot * size : (slot + 1) * size]
+        return None if buffer is None else buffer + slot * size * self._wire_bytes
+
+    def _segments(
+        self,
+        gradient: bool | str,
+        factor: NDArray[np.float64] | float,
+        moved: bool,
+        *,
+        has_q: bool,
+    ) -> NDArray[np.void]:
+        if gradient is True and self._gradient is not None and self._torch is None:
+            segments = self._gradient
+        else:
+            segments = self.arena.mix_only_segments()
+            if isinstance(gradient, str):
+                self._point_at(segments, gradient)
+            elif gradient and self._torch is not None:
+                # The difference to neighbours is taken from what was published, the old x.
+                segments["own"] = has_q
+        if moved:
+            segments["own"] = 1
+        if not has_q and self.communication.carries_values:
+            segments = segments.copy()
+            segments["own"] = 0
+        if not isinstance(factor, float):
+            segments = segments.copy()
+            segments["alpha"] *= np.float32(factor[0])
+        return segments
+
+    def _point_at(self, segments: NDArray[np.void], vector: str) -> None:
+        """Have the vector in the gradient's place, with the groups' step sizes."""
+        rows = segments[: len(self.arena.parameters)]
+        rows["grad"] = self._flat(vector).data_ptr() + 4 * rows["offset"]
+        rows["grad"][rows["length"] == 0] = 0
+        rows["alpha"] = [one.alpha for one in self.coefficients]
+        rows["decay"] = rows["mu"] = rows["c_v"] = 0.0
+        rows["c_g"] = 1.0
+
+    def _mail_has_come(self, x_D: torch.Tensor, weight: float) -> None:
+        self.algorithm.mail(self, x_D.view(1, -1), weight)
+
+    def _post(self) -> None:
+        """Show what was written; what is read with it is mixed by the matrix of this turn."""
+        self._turn = (self.steps * self.algorithm.posts + self._round) % len(self._weights)
+        self.communication.post(self.steps, self._round, self._turn, self._sent_numbers)
+        self._round += 1
+        self._fresh, self._is_to_post = 0, False
+
+    def _was_written(self) -> None:
+        self.arena.written()
+        self._accept()
+
+    def _judge(self, keep: int) -> None:
+        """Report what passes found, but for those of the last ``keep`` steps."""
+        while len(self._outcomes) > keep:
+            passes = self._outcomes.popleft()
+            outcome = passes.local or passes.last
+            if passes.at_x is not None:
+                gradient, penalty = outcome.gradient(), 0.5 * outcome.penalty()
+                if passes.beside is not None:
+                    penalty = float(passes.beside.penalty)
+                    gradient = 0.0 if outcome.skipped() else float(passes.beside.gradient)
+                apart = 0.5 * passes.at_x.disagreement()
+                self.measured.append(
+                    Measured(passes.step - 1, apart, gradient, penalty, outcome.moved())
+                )
+            if not all(one.finite() for one in (passes.last, *passes.others)):
+                self.communication.report(Reason.NON_FINITE, passes.step)
+            elif self.skipped_means_fault and outcome.skipped():
+                self.communication.report(Reason.NON_FINITE_LOSS, passes.step)
+
+    def _take_buffers(self) -> None:
+        """What the forward pass made of mixed buffers, it made in the arena: x has them too."""
+        if self.ahead is not None:
+            end = self.arena.parameters_end
+            self.ahead[end:] = self.arena.flat[end:]
+
+    def _accept(self) -> None:
+        self.arena.accept()
+        self._checksum = self.arena.checksum() if self._debug else 0
+
+
+def _weights_of(agents: Agents) -> list[tuple[float, NDArray[np.float32], NDArray[np.float64]]]:
+    """Of each turn: the own weight, and the neighbours' in float32 and in float64."""
+    rows = [turn.row(agents.rank) for turn in agents.mixing.turns]
+    return [(own, np.array(near, np.float32), np.array(near)) for own, _, near in rows]

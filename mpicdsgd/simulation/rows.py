@@ -1,0 +1,448 @@
+"""A step of all agents in one process: the verbs of `contract.Context` over rows.
+
+    N    agents
+    D    elements of one agent's arena, padding included
+    P    two copies (N, S D) of what is published, S vectors: one is read, the other is written
+
+Row j of each array is laid out as agent j's `arena.Arena` is, and each pass over it is the call
+that agent j's `context.AgentContext` makes in a job of N ranks, with the same arguments: the same
+bits. The algorithm's step is the same text in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mpicdsgd.algorithms.contract import GRADIENTS, GRAPH, Algorithm
+from mpicdsgd.algorithms.received import Received
+from mpicdsgd.comm.exchange.transport import WIRE_DTYPE
+from mpicdsgd.graphs.mixing_cycle import Mixing
+from mpicdsgd.kernels import native
+from mpicdsgd.kernels.arena import Arena
+from mpicdsgd.kernels.coefficients import Coefficients
+from mpicdsgd.simulation import traffic
+from mpicdsgd.simulation.gradients import Held, Part
+
+_NONE = np.zeros(0, np.float32)
+
+
+class Rows:
+    """See the module. All methods are local.
+
+    `begin` once, then `advance` for each step.
+
+    Args:
+        layout: an arena of one agent's parameters (and mixed buffers).
+        flat: float32, shape (N, D), what the agents begin with; it becomes `flat`.
+        mixing: for N agents.
+        wire: what is published: float32, bfloat16, float16.
+        messages: count the bytes as where header and values go in one message.
+        measuring: keep what a step measures.
+        clip_norm: of the mean gradient, where gradients are averaged.
+        is_ordered: count the bytes of sums as in agent order, see `comm.links.allreduce.Sum`.
+
+    Attributes:
+        steps: steps completed.
+        flat: float32, shape (N, D), where the models' parameters are.
+        v, ahead: likewise, or None.
+        bytes_sent: by all agents together, as a job would count them.
+        disagreement, gradient, penalty, moved: float64, shape (N,), of this step, as
+            `measured.Measured` has them; only with ``measuring``.
+        has_moved: whether a torch optimizer makes the local step: x has changed before the pass.
+        finite: bool, shape (N,), whether all that the last step wrote is.
+    """
+
+    server: Any = None
+
+    def __init__(
+        self,
+        layout: Arena,
+        flat: torch.Tensor,
+        mixing: Mixing,
+        algorithm: Algorithm,
+        *,
+        wire: str = "float32",
+        messages: bool = False,
+        measuring: bool = False,
+        clip_norm: float = 0.0,
+        is_ordered: bool = False,
+    ) -> None:
+        n, size = mixing.graph.n, layout.size
+        assert flat.shape == (n, size), "a row for each agent"
+        self.algorithm, self._layout, self._wire = algorithm, layout, wire
+        self._mixing, self._messages, self._clip_norm = mixing, messages, clip_norm
+        self._is_ordered = is_ordered
+        self.ranks, self.size, self.parameters_end = np.arange(n), n, layout.parameters_end
+        self.neighbours, self.readers = mixing.graph.sources, mixing.graph.destinations
+        local = algorithm.settings
+        self.flat = flat
+        self.v = torch.zeros_like(flat) if local.has_momentum else None
+        self.ahead = flat.clone() if local.has_momentum and local.look_ahead else None
+        self._own = {name: torch.zeros_like(flat) for name in algorithm.vectors}
+        if algorithm.posts > 1:
+            self._own["mixed"] = torch.empty_like(flat)
+        self._numbers = {name: np.full(n, value) for name, value in algorithm.numbers.items()}
+        self._rows = {name: _rows(stack) for name, stack in self._own.items()}
+        self._rows |= {"x": _rows(self.x), "at": _rows(self.flat), "v": _rows(self.v)}
+        self._slots = {name: slot for slot, name in enumerate(algorithm.sends)} | {"mixed": 0}
+        dtype = {np.float32: torch.float32, np.uint16: torch.uint16}[WIRE_DTYPE[wire]]
+        over_graph = algorithm.over == GRAPH
+        width = size * len(algorithm.sends) if over_graph else 0
+        copies = [torch.zeros(n, width, dtype=dtype) for _ in range(2)]
+        self._read, self._write = (_slotted(copy, len(algorithm.sends)) for copy in copies)
+        self._weights = [_weights_of(turn) for turn in mixing.turns]
+        self._plain = layout.mix_only_segments()
+        if not over_graph:
+            self._plain["own"] = 0
+        self._measure = len(layout.parameters) if measuring else 0
+        self._turn = self._round = self._fresh = 0
+        self._is_to_post = self._is_gradient_used = self._is_at_x = self._has_local = False
+        self._names: tuple[str, ...] = ()
+        self._sent: list[tuple[float, ...]] = [() for _ in range(n)]
+        self._beside: list[tuple[float, ...]] = self._sent
+        self._sum: torch.Tensor | None = None
+        self.has_moved = False
+        self._ones = np.ones(n, np.float32)
+        self.coefficients: Coefficients | None = None
+        self.steps = 0
+        self.bytes_sent = 0
+        self.disagreement, self.gradient, self.penalty, self.moved = np.zeros((4, n))
+        self.finite = np.ones(n, np.bool_)
+
+    @property
+    def x(self) -> torch.Tensor:
+        """The agents' parameters (and mixed buffers), shape (N, D)."""
+        return self.flat if self.ahead is None else self.ahead
+
+    @property
+    def flats(self) -> dict[str, torch.Tensor]:
+        """The whole state but for ``steps``, by the names that checkpoints have, a row each."""
+        flats = {"x": self.x}
+        if self.v is not None:
+            flats["v"] = self.v
+        if self.ahead is not None:
+            flats["y"] = self.flat
+        own = {f"link/{name}": self._own[name] for name in self.algorithm.vectors}
+        numbers = self._numbers.items()
+        return flats | own | {f"link/{n}": torch.from_numpy(v[:, None]) for n, v in numbers}
+
+    @property
+    def mixes_buffers(self) -> bool:
+        """Whether rows hold more than parameters: then all forward passes come before a step."""
+        return len(self._layout.tensors) > len(self._layout.parameters)
+
+    # The walk of a step.
+
+    def begin(self) -> None:
+        """Before the first step: agents begin as they are."""
+        self._take_buffers()
+        self.algorithm.begin(self, True)
+        if self._is_to_post:
+            self._post()
+
+    def advance(
+        self,
+        parts: Iterable[Part],
+        coefficients: Coefficients,
+        seen: Callable[[Part], None] = lambda part: None,
+    ) -> None:
+        """Make the algorithm's step, and show what is to be shown for the next.
+
+        Args:
+            parts: some agents' gradients at a time, computed at `flat` when they are asked for;
+                agents that are in none make their step without one.
+            coefficients: of the local step, on all agents.
+            seen: called with each part before it is used.
+        """
+        self._parts, self.coefficients, self._seen = parts, coefficients, seen
+        self._is_gradient_used = self._is_at_x = self._has_local = False
+        self.finite[:] = True
+        self._take_buffers()
+        if self.algorithm.over == GRADIENTS:
+            self._average_gradients()
+        self.algorithm.step(self)
+        if not self._is_gradient_used:
+            for part in self._parts:
+                self._seen(part)
+        self.steps += 1
+        self._round = 0
+        if self._is_to_post:
+            self._post()
+
+    # The verbs: see `contract.Context`.
+
+    @property
+    def step(self) -> int:
+        return self.steps
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.x if name == "x" else self._own[name]
+
+    def number(self, name: str) -> NDArray[np.float64]:
+        return self._numbers[name]
+
+    def column(self, numbers: NDArray[np.float64]) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(numbers, np.float32)).view(-1, 1)
+
+    def everyones(self, values: NDArray[Any]) -> NDArray[np.float64]:
+        return np.asarray(values, np.float64)
+
+    def publish(self, **numbers: NDArray[np.float64]) -> None:
+        for name in self.algorithm.sends:
+            if not self._fresh >> self._slots[name] & 1:
+                self.update(name)
+        self._names = tuple(numbers)
+        rows = [values.tolist() for values in numbers.values()]
+        self._sent = [tuple(row) for row in zip(*rows, strict=True)] if rows else self._sent
+        self._is_to_post = True
+
+    def received(self) -> Received:
+        if self._is_to_post:
+            self._post()
+        own, near, weights, exact = self._weights[self._turn]
+        read, sent = self._read, self._beside
+        return Received(
+            [[read[0][source] for source in sources] for sources in near],
+            weights, own, exact, self._names, sent,
+            [[sent[source] for source in sources] for sources in near] if self._names else [],
+        )  # fmt: skip
+
+    def update(
+        self,
+        out: str = "x",
+        *,
+        start: str = "",
+        mix: Received | torch.Tensor | None = None,
+        weight: float | NDArray[np.float64] = 1.0,
+        gradient: bool | str = False,
+        factor: NDArray[np.float64] | float = 1.0,
+        publish: bool = True,
+        moved: bool = False,
+    ) -> None:
+        if out == "x" and gradient is not True:
+            self._hold_gradients()  # they are of the parameters as they are now
+        a = _Arguments(out, start or out, self._slots.get(out, -1), mix, self._ones, publish, moved)
+        a.weight = np.broadcast_to(np.asarray(weight, np.float32), (self.size,))
+        a.factor = np.broadcast_to(np.asarray(factor, np.float32), (self.size,))
+        a.is_first = a.slot == 0 and isinstance(mix, Received) and not self._is_at_x
+        if gradient is True:
+            self._local_step(a)
+        else:
+            for j in range(self.size):
+                segments = self._plain
+                if isinstance(gradient, str):
+                    segments = self._pointing_at(gradient, j)
+                elif mix is not None and not isinstance(mix, Received) and not a.weight[j]:
+                    continue
+                self._pass(a, j, segments)
+        self._is_at_x = self._is_at_x or a.is_first
+        if publish and a.slot >= 0:
+            self._fresh |= 1 << a.slot
+
+    def take_gradient(self, into: str) -> None:
+        a = _Arguments("x", "x", -1, None, self._ones)
+        a.v = self._rows[into]
+        for j, segments in self._gradients():
+            segments = segments.copy()
+            segments["alpha"], segments["own"] = -1.0, 0  # v <- 0 v + h, and x + 0 v is x
+            segments["mu"] = segments["c_v"] = segments["c_g"] = 0.0
+            self._pass(a, j, segments)
+
+    def replace(self, values: torch.Tensor) -> None:
+        self._hold_gradients()
+        self.x.copy_(values)
+        if self.ahead is not None:
+            self.flat.copy_(values)
+
+    def start_sum(self, values: torch.Tensor) -> None:
+        total = values[0].clone()
+        for row in values[1:]:
+            total += row
+        self._sum = total
+        self.bytes_sent += traffic.of_sum(4 * total.numel(), self.size, self._is_ordered)
+
+    def summed(self) -> torch.Tensor:
+        assert self._sum is not None, "a sum was begun"
+        return self._sum.repeat(self.size, 1)
+
+    def broadcast(self, values: torch.Tensor) -> None:
+        values.copy_(values[0].clone())
+
+    def swap(self, partners: NDArray[np.int64]) -> torch.Tensor:
+        met = np.where(partners >= 0, partners, self.ranks)
+        self.bytes_sent += 4 * self._layout.size * int((partners >= 0).sum())
+        return self.x[torch.from_numpy(met)]
+
+    def require_alike(self, name: str, what: str) -> None:
+        """Nothing: all rows had the same operations."""
+
+    def add_gradient(self, into: str) -> None:
+        raise NotImplementedError(_ALONE)
+
+    def step_sizes(self) -> list[float]:
+        raise NotImplementedError(_ALONE)
+
+    def read_mail(self) -> None:
+        raise NotImplementedError(_ALONE)
+
+    def wait_for_mail_room(self) -> None:
+        raise NotImplementedError(_ALONE)
+
+    def send_mail(self, to: int, weight: float) -> None:
+        raise NotImplementedError(_ALONE)
+
+    # What the verbs are made of.
+
+    def _gradients(self) -> Iterable[tuple[int, NDArray[np.void]]]:
+        """Each agent's segments with its gradient, once in a step."""
+        assert not self._is_gradient_used, "the gradient is used once in a step"
+        self._is_gradient_used = True
+        for part in self._parts:
+            self._seen(part)
+            yield from zip(part.agents.tolist(), part.segments, strict=True)
+
+    def _local_step(self, a: _Arguments) -> None:
+        a.v = self._rows["v"]
+        a.y = self._rows["at"] if self.ahead is not None else None
+        a.is_local = self._has_local = True
+        a.moved = a.moved or self.has_moved
+        rest = np.ones(self.size, np.bool_)
+        for j, segments in self._gradients():
+            self._pass(a, j, segments)
+            rest[j] = False
+        for j in np.flatnonzero(rest).tolist():
+            self._pass(a, j, self._plain)
+
+    def _hold_gradients(self) -> None:
+        """Have the gradients that are not used yet computed, and kept."""
+        if not self._is_gradient_used and self.coefficients is not None:
+            self._held = held = Held(self._layout, self.size)
+            self._parts = held.parts(self._parts, self._seen)
+            self._seen = lambda part: None
+
+    def _average_gradients(self) -> None:
+        """Everybody's gradient is the mean, summed in agent order, as a job does it."""
+        self._held = held = Held(self._layout, self.size)  # its memory is what the parts point to
+        parts = held.parts(self._parts, self._seen)
+        self._seen = lambda part: None
+        self._parts = held.averaged(parts, self._clip_norm)
+        self.bytes_sent += traffic.of_gradients(self._layout, self.size, self._is_ordered)
+
+    def _pass(self, a: _Arguments, j: int, segments: NDArray[np.void]) -> None:
+        near: Any = ()
+        weights = _NONE
+        if isinstance(a.mix, Received):
+            near, weights = a.mix.near[j], a.mix.weights[j]
+            if a.slot > 0:  # `received` has the first slot's
+                sources = self._weights[self._turn][1][j]
+                near = [self._read[a.slot][source] for source in sources]
+        elif a.mix is not None and a.weight[j]:
+            near, weights = [a.mix[j].numpy()], a.weight[j : j + 1]
+        has_q = a.slot >= 0 and self.algorithm.over == GRAPH
+        if a.moved or (not has_q and segments["own"].any()) or a.factor[j] != 1:
+            segments = segments.copy()
+            if a.moved:
+                segments["own"] = 1
+            elif not has_q:
+                segments["own"] = 0
+            if a.factor[j] != 1:
+                segments["alpha"] *= a.factor[j]
+        measure = self._measure if a.is_local or a.is_first else 0
+        result = native.update(
+            self._rows[a.out][j],
+            self._rows[a.start][j],
+            at=self._rows["at"][j],
+            v=None if a.v is None else a.v[j],
+            y=None if a.y is None else a.y[j],
+            p=self._write[a.slot][j] if has_q and a.publish else None,
+            q=self._read[a.slot][j] if has_q else None,
+            neighbours=near,
+            weights=weights,
+            segments=segments,
+            wire=self._wire,
+            threads=torch.get_num_threads(),
+            measure=measure,
+        )
+        self.finite[j] &= result.finite
+        if measure and a.is_first:
+            self.disagreement[j] = 0.5 * result.disagreement
+        if measure and (a.is_local or not self._has_local):
+            self.gradient[j], self.moved[j] = result.gradient, result.moved
+            self.penalty[j] = 0.5 * result.penalty
+
+    def _pointing_at(self, vector: str, j: int) -> NDArray[np.void]:
+        """Segments with the vector in the gradient's place, and the step size."""
+        assert self.coefficients is not None
+        segments = self._plain.copy()
+        rows = segments[: len(self._layout.parameters)]
+        rows["grad"] = self._rows[vector][j].ctypes.data + 4 * rows["offset"]
+        rows["grad"][rows["length"] == 0] = 0
+        rows["alpha"], rows["c_g"] = self.coefficients.alpha, 1.0
+        rows["decay"] = rows["mu"] = rows["c_v"] = 0.0
+        return segments
+
+    def _post(self) -> None:
+        self._read, self._write = self._write, self._read
+        self._turn = (self.steps * self.algorithm.posts + self._round) % len(self._weights)
+        self._beside = self._sent
+        size = self._layout.size * len(self.algorithm.sends)
+        self.bytes_sent += traffic.of_post(
+            self._mixing, self._turn, size, self._wire, self._messages
+        )
+        self._round += 1
+        self._fresh, self._is_to_post = 0, False
+
+    def _take_buffers(self) -> None:
+        """What the forward pass made of mixed buffers, it made in `flat`: x has them too."""
+        if self.ahead is not None:
+            end = self._layout.parameters_end
+            self.ahead[:, end:] = self.flat[:, end:]
+
+
+class _Arguments:
+    """Of an `update`, for the pass of each row."""
+
+    v: Any = None
+    y: Any = None
+    is_first = False
+    is_local = False
+
+    def __init__(
+        self,
+        out: str,
+        start: str,
+        slot: int,
+        mix: Any,
+        ones: NDArray[np.float32],
+        publish: bool = False,
+        moved: bool = False,
+    ) -> None:
+        self.out, self.start, self.slot, self.mix = out, start, slot, mix
+        self.publish, self.moved = publish, moved
+        self.factor = self.weight = ones
+
+
+_ALONE = "asynchronous algorithms are not simulated"
+
+
+def _rows(stack: torch.Tensor | None) -> Any:
+    """The rows as arrays, made once: a view takes as long to make as a small pass takes."""
+    return None if stack is None else list(stack.numpy())
+
+
+def _slotted(copy: torch.Tensor, slots: int) -> list[Any]:
+    """Rows of each published vector: one of (N, S D) in S lists."""
+    return [list(part.numpy()) for part in copy.chunk(slots, dim=1)]
+
+
+def _weights_of(turn: Any) -> tuple[list[float], list[Any], list[Any], list[Any]]:
+    """Of one matrix: own weights, sources, and the weights of these in float32 and in float64."""
+    rows = [turn.row(j) for j in range(turn.graph.n)]
+    near = [sources for _, sources, _ in rows]
+    exact = [np.array(weights) for _, _, weights in rows]
+    return [own for own, _, _ in rows], near, [np.array(w, np.float32) for w in exact], exact
