@@ -167,13 +167,25 @@ def as_json(value: Any) -> Any:
 
 
 def differences(then: Any, now: Any, where: str = "") -> list[str]:
-    """Keys in which two configs differ, with both values; what a restart may change is left out."""
+    """Keys in which two configs differ, with both values; what a restart may change is left out.
+
+    A key that ``then`` lacks, as there was none, had what is now its default.
+    """
     if isinstance(then, dict) and isinstance(now, dict):
         keys = [k for k in now if f"{where}{k}" not in MAY_CHANGE]
-        return [d for k in keys for d in differences(then.get(k), now[k], f"{where}{k}.")]
+        then = {k: _default(f"{where}{k}") for k in keys} | then
+        return [d for k in keys for d in differences(then[k], now[k], f"{where}{k}.")]
     if as_json(then) == as_json(now):
         return []
     return [f"{where[:-1]} = {now!r} (was {then!r})"]
+
+
+def _default(key: str) -> Any:
+    """Of ``section`` or ``section.key``; None where there is no such."""
+    found: Any = dataclasses.asdict(Config())
+    for name in key.split("."):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found
 
 
 MAY_CHANGE = (

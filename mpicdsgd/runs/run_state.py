@@ -14,7 +14,7 @@ from mpicdsgd.algorithms.torch_schedulers import restore_schedule
 from mpicdsgd.checkpoints.snapshot import Snapshot
 from mpicdsgd.comm.agents import Agents
 from mpicdsgd.runs import agent_state, rng
-from mpicdsgd.runs.config import as_json
+from mpicdsgd.runs.config import as_json, differences
 from mpicdsgd.runs.evaluation import RunningMeans
 
 log = logging.getLogger("mpicdsgd")
@@ -102,7 +102,8 @@ class Standing:
             self._before[key] = float(meta[key])
         # What this start has sent already, the run had sent before: the count goes on exactly.
         self._before["bytes_sent"] -= optimizer.exchange.bytes_sent
-        is_same = snapshot.shared["config"]["optim"] == self._shared["config"]["optim"]
+        then, now = snapshot.shared["config"]["optim"], self._shared["config"]["optim"]
+        is_same = not differences(then, now, "optim.")
         with self._agents.agreement("the checkpoint's schedule"):
             restore_schedule(
                 self._scheduler, optimizer, meta["scheduler"], meta["groups"] if is_same else None
