@@ -2,7 +2,7 @@
 
     python bench/common.py [--phases PHASES] [--out FILE] RECORD...
 
-prints one table of the checks in several records (`gpu_suite.sh` ends with it). PHASES has a line
+prints one table of the checks in several records (`gpu/suite.sh` ends with it). PHASES has a line
 for each phase: its name, whether it went well (yes, NO, -), what became of it, seconds; separated
 by tabs.
 """

@@ -7,7 +7,7 @@ from typing import Any
 
 import common
 import numpy as np
-from paper_table import table
+from table import table
 
 from mpicdsgd.common.figures import COLOURS, INK, save
 

@@ -10,7 +10,7 @@ export OMP_NUM_THREADS=1 # several ranks share few cores
 ruff check .
 ruff format --check .
 mypy
-shellcheck jobs/*.sh jobs/*.sbatch tests/*.sh tests/slurm/*.sh bench/*.sh .ci/run
+shellcheck jobs/*.sh jobs/*.sbatch tests/*.sh tests/slurm/*.sh bench/*.sh bench/*/*.sh .ci/run
 
 unit=$(mktemp)
 trap 'rm -f "$unit"; kill "$!" 2>/dev/null || true' EXIT

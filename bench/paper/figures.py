@@ -1,4 +1,4 @@
-"""The figures of `paper.py`, in the paper's form: training solid, test dashed, mean over seeds.
+"""The figures of `run.py`, in the paper's form: training solid, test dashed, mean over seeds.
 
 Matplotlib is imported only when one is drawn.
 """
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from paper_curves import Array, Curves
-from paper_runs import TITLES
 
 from mpicdsgd.common.figures import COLOURS, INK, save
+from paper.curves import Array, Curves
+from paper.runs import TITLES
 
 SMOOTH = 5  # evaluations of the moving average, over which the paper smooths the variance, too
 _STYLES = ("-", "--", ":")

@@ -1,4 +1,4 @@
-"""Proposition 1 beside every CDSGD run of `paper.py`: how far the agents may be apart, and are.
+"""Proposition 1 beside every CDSGD run of `run.py`: how far the agents may be apart, and are.
 
 |X - 1 s|, the root of the agents' summed squared distances from their mean s, is in the metrics at
 every evaluation. The bound is `theory.bounds.consensus_bound` with the run's own step sizes and
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import common
 import numpy as np
-from paper_table import table
+from table import table
 
 from mpicdsgd.graphs.specs import graph_from_spec, mixing_from_spec
 from mpicdsgd.runs import metrics_file, trace

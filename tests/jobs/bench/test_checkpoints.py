@@ -19,7 +19,7 @@ def test_quick(run: Callable[..., Ended], tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     path = tmp_path / "record.json"
     for sections in ("steps,write", "restart,startup"):  # the second keeps what the first found
-        command = (str(BENCH / "checkpoints.py"), "--quick", "--only", sections)
+        command = (str(BENCH / "checkpoints" / "run.py"), "--quick", "--only", sections)
         done = run(0, *command, "--out", str(path), "--folder", str(tmp_path), timeout_s=280)
         assert done.code == 0, done.err
     record = json.loads(path.read_text())

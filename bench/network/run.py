@@ -1,16 +1,16 @@
 """How long does a training step take where hosts are joined by a slow network, a rank on each?
 
-A step is zero_grad(set_to_none=True), forward, backward and the optimizer's, as in step.py. Ours is
-CDMSGD by messages on the ring (two neighbours) and on the one-peer exponential graph (in each step
-one reads, one is read), with float32 and with bfloat16 on the wire. Others: DistributedDataParallel
-on gloo, also with gradients sent as float16 (torch has no bfloat16 there), and a parameter server
-over Isend and Irecv whose host trains, too. Local exchanges nothing. One-way shift is no step: each
-rank sends the model's bytes to the next, which is what the network gives. All in one process a
-rank, in turn, in every round; a parameter server, being slow, in the first ones only. Times are the
-slowest rank's.
+A step is zero_grad(set_to_none=True), forward, backward and the optimizer's, as in ../step.py. Ours
+is CDMSGD by messages on the ring (two neighbours) and on the one-peer exponential graph (in each
+step one reads, one is read), with float32 and with bfloat16 on the wire. Others:
+DistributedDataParallel on gloo, also with gradients sent as float16 (torch has no bfloat16 there),
+and a parameter server over Isend and Irecv whose host trains, too. Local exchanges nothing. One-way
+shift is no step: each rank sends the model's bytes to the next, which is what the network gives.
+All in one process a rank, in turn, in every round; a parameter server, being slow, in the first
+ones only. Times are the slowest rank's.
 
-    bash bench/network.sh [--quick] ...                        # hosts made on one machine
-    python bench/network.py --launcher "srun -N {n} -n {n}" --interface ib0
+    bash bench/network/run.sh [--quick] ...                    # hosts made on one machine
+    python bench/network/run.py --launcher "srun -N {n} -n {n}" --interface ib0
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # bench/, whose modules all of it shares
 
 import common
 import contenders

@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass, field
 
 import common
-from paper_consensus import Radius
-from paper_curves import Curves, diverged
-from paper_runs import Setup
+
+from paper.consensus import Radius
+from paper.curves import Curves, diverged
+from paper.runs import Setup
 
 SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32),
           "digits": (1, 8, 8)}  # fmt: skip

@@ -18,16 +18,15 @@ from job import HERE, Ended
 BENCH = HERE.parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
-import paper  # noqa: E402
-import paper_claims as claims  # noqa: E402
-import paper_consensus  # noqa: E402
-import paper_curves  # noqa: E402
-import paper_figures  # noqa: E402
-import paper_page  # noqa: E402
-import paper_part  # noqa: E402
-import paper_rules as rules  # noqa: E402
-import paper_runs  # noqa: E402
-import paper_start  # noqa: E402
+from paper import claims, rules  # noqa: E402
+from paper import consensus as paper_consensus  # noqa: E402
+from paper import curves as paper_curves  # noqa: E402
+from paper import figures as paper_figures  # noqa: E402
+from paper import page as paper_page  # noqa: E402
+from paper import part as paper_part  # noqa: E402
+from paper import run as paper_run  # noqa: E402
+from paper import runs as paper_runs  # noqa: E402
+from paper import start as paper_start  # noqa: E402
 
 DIGITS = paper_start.Source("digits", "digits", "")
 EPOCHS = 30
@@ -39,7 +38,7 @@ def test_quick(run: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.Mo
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
     out, runs = tmp_path / "out", tmp_path / "runs"
-    words = (str(BENCH / "paper.py"), "--quick", "--runs", str(runs), "--out", str(out))
+    words = (str(BENCH / "paper" / "run.py"), "--quick", "--runs", str(runs), "--out", str(out))
     first = run(0, *words, timeout_s=200)
     assert first.code == 0, first.err + first.out
     assert first.out.startswith("2 runs, 0 done, 2 left")
@@ -75,12 +74,12 @@ def test_quick(run: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.Mo
     # In this process, which saves the imports; what would be started is counted.
     started: list[paper_start.Run] = []
     monkeypatch.setattr(paper_start, "execute", lambda made, commit: started.append(made) or NOTE)
-    monkeypatch.setattr(paper, "write_all", lambda *arguments: 0)
+    monkeypatch.setattr(paper_run, "write_all", lambda *arguments: 0)
     monkeypatch.setattr(sys, "argv", list(words))
-    assert paper.main() == 0
+    assert paper_run.main() == 0
     assert started == []
     monkeypatch.setattr(sys, "argv", [*words, "run.epochs=3"])
-    assert paper.main() == 0
+    assert paper_run.main() == 0
     assert len(started) == 2
     assert not any(made.folder.exists() for made in started)
 
@@ -286,7 +285,7 @@ def page_of(found: dict[tuple[str, str], paper_curves.Curves | None], title: str
         "cifar10", title, {p: found.get(p, FAST) for p in places}, setups, {},
         dict.fromkeys(places, 0.0),
     )  # fmt: skip
-    begin = paper.common.provenance() | {
+    begin = paper_run.common.provenance() | {
         "scale": "cpu", "device": "cpu", "seeds": 3, "overrides": [],
     }  # fmt: skip
     return paper_page.page(begin, [part], [], [], 0)
@@ -339,11 +338,11 @@ def test_many_lines_are_told_apart_and_in_the_order_of_their_ends(tmp_path: Path
 def said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str
 ) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of `paper.main` in this process."""
-    monkeypatch.setattr(sys, "argv", ["paper.py", *words])
+    """Exit code, stdout and stderr of `paper_run.main` in this process."""
+    monkeypatch.setattr(sys, "argv", ["run.py", *words])
     capsys.readouterr()
     try:
-        code = paper.main()
+        code = paper_run.main()
     except SystemExit as end:
         code = int(end.code or 0)
     return code, *capsys.readouterr()
@@ -396,7 +395,7 @@ def test_some_data_sets_are_there(
 def test_a_reader_that_goes_away(tmp_path: Path) -> None:
     (tmp_path / "mnist").mkdir()
     (tmp_path / "mnist" / "train-images-idx3-ubyte").touch()
-    words = [sys.executable, str(BENCH / "paper.py"), "--dry-run", "--runs", str(tmp_path),
+    words = [sys.executable, str(BENCH / "paper" / "run.py"), "--dry-run", "--runs", str(tmp_path),
              "--data", str(tmp_path)]  # fmt: skip
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
         assert job.stdout is not None
@@ -413,14 +412,14 @@ def test_the_page_has_other_experiments_only_when_they_are_finished(
     monkeypatch.setattr(
         paper_start, "metrics", lambda made: [made] if made.folder.name in done else []
     )
-    runs: dict[paper.Place, dict[int, paper_start.Run]] = {}
+    runs: dict[paper_run.Place, dict[int, paper_start.Run]] = {}
     for experiment, label, seed in [("a", "x", 0), ("a", "x", 1), ("a", "y", 0), ("b", "x", 0)]:
         made = paper_start.Run((), 1, Path(f"{experiment}{label}{seed}"), {}, 0.0)
         runs.setdefault(("digits", experiment, label), {})[seed] = made
-    assert paper.finished_ones(runs) == {}
+    assert paper_run.finished_ones(runs) == {}
     done |= {"ax1"}
-    assert paper.finished_ones(runs) == {}
+    assert paper_run.finished_ones(runs) == {}
     done |= {"ay0"}
-    assert [place[1:] for place in paper.finished_ones(runs)] == [("a", "x"), ("a", "y")]
+    assert [place[1:] for place in paper_run.finished_ones(runs)] == [("a", "x"), ("a", "y")]
     done |= {"bx0"}
-    assert paper.finished_ones(runs) == runs
+    assert paper_run.finished_ones(runs) == runs

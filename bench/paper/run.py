@@ -1,8 +1,8 @@
 """Do the paper's experiments come out as it says? Its figures, a page of its claims, all numbers.
 
-    python bench/paper.py [--scale full|cpu|quick] [--device cuda] [--only 1a,mnist/2b]
-                          [--seeds N] [--data DIR ...] [--runs DIR] [--out DIR]
-                          [--dry-run | --page-only] [SECTION.KEY=VALUE ...]
+    python bench/paper/run.py [--scale full|cpu|quick] [--device cuda] [--only 1a,mnist/2b]
+                              [--seeds N] [--data DIR ...] [--runs DIR] [--out DIR]
+                              [--dry-run | --page-only] [SECTION.KEY=VALUE ...]
 
 Each run is `mpiexec -n N mpicdsgd train jobs/mnist.toml ...`, one after another. A run that is
 finished is not made again, and one that was interrupted goes on; settings given at the end change
@@ -26,17 +26,16 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # bench/, whose modules all of it shares
+
 import common
-import paper_consensus
-import paper_figures
-import paper_page
-import paper_start
-from paper_curves import curves, summary
-from paper_part import Part
-from paper_runs import DATA_TITLES, SCALES, TITLES, Setup, setups
 
 from mpicdsgd.common.errors import UserError
 from mpicdsgd.graphs.specs import graph_from_spec, mixing_from_spec
+from paper import consensus, figures, page, start
+from paper.curves import curves, summary
+from paper.part import Part
+from paper.runs import DATA_TITLES, SCALES, TITLES, Setup, setups
 
 Place = tuple[str, str, str]  # data set, experiment, label
 _WHERE = "Name folders that have mnist/, cifar-10-batches-bin/, ... by --data or MPICDSGD_DATA"
@@ -44,7 +43,7 @@ _WHERE = "Name folders that have mnist/, cifar-10-batches-bin/, ... by --data or
 
 def planned(
     args: argparse.Namespace,
-) -> tuple[list[paper_start.Source], list[str], list[Place], list[Place]]:
+) -> tuple[list[start.Source], list[str], list[Place], list[Place]]:
     """The data sets that are there, those wanted that are not, and setups: wanted and all others.
 
     Raises:
@@ -62,7 +61,7 @@ def planned(
     for data, experiments in known.items():
         mine = [e for e in experiments if {e, f"{data}/{e}"} & wanted or
                 (not args.only and e in usual[data])]  # fmt: skip
-        source = paper_start.find(data, args.data)
+        source = start.find(data, args.data)
         if source is None:
             missing += [data] if mine else []
             continue
@@ -80,13 +79,13 @@ def planned(
 
 
 def runs_of(
-    args: argparse.Namespace, sources: Sequence[paper_start.Source], places: Sequence[Place]
-) -> dict[Place, dict[int, paper_start.Run]]:
+    args: argparse.Namespace, sources: Sequence[start.Source], places: Sequence[Place]
+) -> dict[Place, dict[int, start.Run]]:
     """By setup and seed. Equal settings give equal runs."""
     by_name = {source.name: source for source in sources}
     return {
         (data, e, label): {
-            seed: paper_start.make(
+            seed: start.make(
                 _setup(args, e, label), seed, args.scale, by_name[data], args.device,
                 args.overrides, args.runs,
             )
@@ -97,12 +96,12 @@ def runs_of(
 
 
 def finished_ones(
-    runs: dict[Place, dict[int, paper_start.Run]],
-) -> dict[Place, dict[int, paper_start.Run]]:
+    runs: dict[Place, dict[int, start.Run]],
+) -> dict[Place, dict[int, start.Run]]:
     """Those of experiments of which every setup has a finished seed."""
     begun = {(data, e): True for data, e, _ in runs}
     for (data, e, _), by_seed in runs.items():
-        begun[data, e] &= any(paper_start.metrics(run) for run in by_seed.values())
+        begun[data, e] &= any(start.metrics(run) for run in by_seed.values())
     return {place: by_seed for place, by_seed in runs.items() if begun[place[:2]]}
 
 
@@ -110,16 +109,14 @@ def _setup(args: argparse.Namespace, experiment: str, label: str) -> Setup:
     return next(s for s in setups(experiment, args.scale) if s.label == label)
 
 
-def work(
-    args: argparse.Namespace, runs: dict[Place, dict[int, paper_start.Run]]
-) -> list[common.Record]:
+def work(args: argparse.Namespace, runs: dict[Place, dict[int, start.Run]]) -> list[common.Record]:
     """Start what is not finished. Returns the failures."""
-    unique: dict[Path, tuple[paper_start.Run, str]] = {}
+    unique: dict[Path, tuple[start.Run, str]] = {}
     for seed in range(args.seeds):  # all figures have a first seed before any has a second
         for (data, experiment, label), by_seed in runs.items():
             name = f"{data} {experiment}: {label}, seed {seed}"
             unique.setdefault(by_seed[seed].folder, (by_seed[seed], name))
-    todo = [(run, name) for run, name in unique.values() if not paper_start.metrics(run)]
+    todo = [(run, name) for run, name in unique.values() if not start.metrics(run)]
     left_s = sum(run.estimate_s for run, _ in todo)
     print(f"{len(unique)} runs, {len(unique) - len(todo)} done, {len(todo)} left: about "
           f"{left_s / 60:.0f} min{_rough(args)}", flush=True)  # fmt: skip
@@ -130,7 +127,7 @@ def work(
     failed = []
     commit = common.provenance()["commit"]
     for k, (run, name) in enumerate(todo, 1):
-        note = paper_start.execute(run, commit)
+        note = start.execute(run, commit)
         became = "done" if not note["code"] else f"FAILED ({note['code']}): {note['said']}"
         print(f"[{k} done, {len(todo) - k} left] {name}: {became}, {note['seconds']:.0f} s",
               flush=True)  # fmt: skip
@@ -150,9 +147,9 @@ def _brief(note: common.Record) -> common.Record:
 
 def write_all(
     args: argparse.Namespace,
-    sources: Sequence[paper_start.Source],
+    sources: Sequence[start.Source],
     missing: Sequence[str],
-    runs: dict[Place, dict[int, paper_start.Run]],
+    runs: dict[Place, dict[int, start.Run]],
 ) -> int:
     """Page, record and figures from what is there. Returns the number of failed runs."""
     record = common.provenance() | {
@@ -168,8 +165,8 @@ def write_all(
             setup = _setup(args, experiment, label)
             settings = runs[place][0].settings
             lines = {seed: found for seed, run in runs[place].items()
-                     if (found := paper_start.metrics(run))}  # fmt: skip
-            notes = {seed: paper_start.noted(run) for seed, run in runs[place].items()}
+                     if (found := start.metrics(run))}  # fmt: skip
+            notes = {seed: start.noted(run) for seed, run in runs[place].items()}
             for seed in runs[place].keys() - lines.keys():
                 folder = runs[place][seed].folder
                 unfinished.add(folder)
@@ -197,24 +194,24 @@ def write_all(
         record["claims"][source.name] = [
             {"claim": c.text, "step sizes": c.where, "rule": c.rule, "seen": v.seen,
              "numbers": v.numbers, "setups": ["/".join(s) for s in c.setups]}
-            for c, v in paper_page.verdicts(part)
+            for c, v in page.verdicts(part)
         ]  # fmt: skip
     record |= {"failed": list(failed.values()), "unfinished": len(unfinished)}
     common.write(record, args.out / "paper.json")
-    text = paper_page.page(record, parts, record["failed"], missing, len(unfinished))
+    text = page.page(record, parts, record["failed"], missing, len(unfinished))
     (args.out / "paper.md").write_text(text)
     print(f"{args.out / 'paper.md'} and paper.json are written")
     return len(failed)
 
 
 def _radii(
-    lines: dict[int, list[common.Record]], runs: dict[int, paper_start.Run], setup: Setup,
+    lines: dict[int, list[common.Record]], runs: dict[int, start.Run], setup: Setup,
     settings: common.Record,
-) -> list[paper_consensus.Radius]:  # fmt: skip
+) -> list[consensus.Radius]:  # fmt: skip
     """Proposition 1 beside the finished runs, where it speaks of them."""
-    if not paper_consensus.covered(settings, setup.agents):
+    if not consensus.covered(settings, setup.agents):
         return []
-    return [paper_consensus.beside(runs[seed].folder, settings, setup.agents) for seed in lines]
+    return [consensus.beside(runs[seed].folder, settings, setup.agents) for seed in lines]
 
 
 def _figures(out: Path, part: Part) -> None:
@@ -227,7 +224,7 @@ def _figures(out: Path, part: Part) -> None:
                 ready[label if experiment == "2b" else setup.label] = one
         name = f"paper_{part.name}_{experiment}.png"
         if ready:
-            paper_figures.draw(experiment, part.title, ready, out / name)
+            figures.draw(experiment, part.title, ready, out / name)
             part.figures[experiment] = name
 
 

@@ -58,7 +58,7 @@ def record_of(
 
 
 def test_kernel(run: Run, tmp_path: Path) -> None:
-    record = record_of(run, tmp_path, 0, "gpu_kernel", "--size", "9000")
+    record = record_of(run, tmp_path, 0, "gpu/kernel", "--size", "9000")
     goals = [c["goal"] for c in record["checks"] if c["name"].startswith("fraction")]
     assert goals == [0.92] * 10 + [None] * 4
     for degree in (*range(9), 12):
@@ -70,7 +70,7 @@ def test_kernel(run: Run, tmp_path: Path) -> None:
 
 
 def test_exchange_starts_its_own_ranks(run: Run, tmp_path: Path) -> None:
-    record = record_of(run, tmp_path, 0, "gpu_exchange", "--ranks", "2", "--size", "9000",
+    record = record_of(run, tmp_path, 0, "gpu/exchange", "--ranks", "2", "--size", "9000",
                        "--topologies", "ring")  # fmt: skip
     assert (record["ranks"], record["cards"]) == (2, 1)
     assert "mpi" in record["versions"]
@@ -81,7 +81,7 @@ def test_exchange_starts_its_own_ranks(run: Run, tmp_path: Path) -> None:
 
 
 def test_step(run: Run, tmp_path: Path) -> None:
-    record = record_of(run, tmp_path, 2, "gpu_step", MPICDSGD_DATA="")
+    record = record_of(run, tmp_path, 2, "gpu/step", MPICDSGD_DATA="")
     ways = ("direct", "staged", "no exchange", "batches alone")
     assert record["results"].keys() == {f"{d}: {w}" for d in ("mnist", "cifar10") for w in ways}
     assert all(source.startswith("random images") for source in record["data"].values())
@@ -108,6 +108,6 @@ def test_one_table_of_all(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(gpu.why_not() == "", reason="there is a GPU")
 def test_without_a_gpu(run: Run) -> None:
-    job = run(0, str(BENCH / "gpu_kernel.py"))
+    job = run(0, str(BENCH / "gpu" / "kernel.py"))
     assert job.code == 1
     assert f"{gpu.why_not()}: --emulate tries the bench without a GPU" in job.err

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A training step of ours, of DDP and of a parameter server on 4 and 8 hosts with links of 100 Mbit/s:
-#     bash bench/network.sh [--quick] [--out FILE] [options of network.py]
+#     bash bench/network/run.sh [--quick] [--out FILE] [options of run.py]
 # The hosts are network namespaces of this machine (hosts.sh) and gone when it ends; needs root.
 # PYTHON: one that has the package. RATE: of the links, as tc writes it. LIMIT_S: seconds in all.
 set -euo pipefail
@@ -11,7 +11,7 @@ limit=${LIMIT_S:-1500}
 most=8
 
 needs() {
-    echo "bench/network.sh needs $1" >&2
+    echo "bench/network/run.sh needs $1" >&2
     exit 2
 }
 for tool in ip tc nsenter unshare hostname setsid; do
@@ -44,7 +44,7 @@ trap "exit 143" TERM
 why=$(bash "$here/hosts.sh" up "$most" "$rate" 2>&1) ||
     needs "network namespaces with shaped links: $(tail -n 1 <<<"$why")"
 # In a group of its own, so that all of it can be ended, and waited for, so that a trap acts at once.
-setsid timeout --kill-after=10 "$limit" "$python" "$here/network.py" \
+setsid timeout --kill-after=10 "$limit" "$python" "$here/run.py" \
     --launcher "bash $here/hosts.sh mpiexec {n}" \
     --network "network namespaces on one machine, links of $rate both ways (tbf), TCP reno" \
     "$@" &

@@ -1,4 +1,4 @@
-"""Starting the runs of `paper.py`, each as a user would, and each only once.
+"""Starting the runs of `run.py`, each as a user would, and each only once.
 
 A run's folder is named by a hash of its resolved settings and its ranks, so what has changed is
 another run, and a configuration that several figures share is one. `run.json` beside the metrics
@@ -21,13 +21,13 @@ from functools import cache
 from pathlib import Path
 
 import common
-from paper_runs import SCALES, Setup
 
 from mpicdsgd.algorithms.config import needs_server
 from mpicdsgd.common.errors import UserError
 from mpicdsgd.graphs.specs import graph_from_spec, mixing_from_spec
 from mpicdsgd.runs import metrics_file
 from mpicdsgd.runs.config import as_json, check, load_config
+from paper.runs import SCALES, Setup
 
 CONFIG = common.HERE.parent / "jobs" / "mnist.toml"
 # Not part of what a run is: where it lies and how much of it is kept.

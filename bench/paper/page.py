@@ -7,14 +7,15 @@ from collections.abc import Sequence
 
 import common
 import numpy as np
-import paper_consensus
-from paper_claims import CLAIMS, Claim, decide
-from paper_curves import LATE, Curves, deviation
-from paper_part import Part, remarks
-from paper_properties import properties
-from paper_rules import EQUAL, POINTS, Verdict
-from paper_runs import DATA_TITLES, SCALES, TITLES
-from paper_table import table
+from table import table
+
+from paper import consensus
+from paper.claims import CLAIMS, Claim, decide
+from paper.curves import LATE, Curves, deviation
+from paper.part import Part, remarks
+from paper.properties import properties
+from paper.rules import EQUAL, POINTS, Verdict
+from paper.runs import DATA_TITLES, SCALES, TITLES
 
 ANSWERS = {True: "yes", False: "no", None: "not testable here"}
 
@@ -42,7 +43,7 @@ def page(
     out = [
         "# The paper's experiments",
         "",
-        f"Made by `python bench/paper.py --scale {record['scale']}` at commit "
+        f"Made by `python bench/paper/run.py --scale {record['scale']}` at commit "
         f"{record['commit'][:10]}{changed}, on {record['cpu']}, {record['cores']} cores, device "
         f"{record['device']}; torch {record['versions']['torch']}. Seeds: {record['seeds']}; ± is "
         "the standard deviation over seeds in tables, half the 95% confidence interval in claims.",
@@ -77,7 +78,7 @@ def page(
             out += properties(part)
     for part in parts:
         if part.radii:
-            out += paper_consensus.section(
+            out += consensus.section(
                 part.title,
                 {f"{TITLES[e].split(':')[0]}, {name}": r for (e, name), r in part.radii.items()},
             )

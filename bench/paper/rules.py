@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from paper_curves import Curves, Difference, deviation, difference
+
+from paper.curves import Curves, Difference, deviation, difference
 
 POINTS = 0.2  # a smaller difference of accuracies is none
 EQUAL = 1.0  # points within which two accuracies are called equal

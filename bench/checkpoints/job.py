@@ -1,6 +1,6 @@
-"""What the ranks of a job of `checkpoints` measure, as JSON in a file of rank 0's.
+"""What the ranks of a job of `run.py` measure, as JSON in a file of rank 0's.
 
-    mpiexec -n 4 python bench/checkpoints_job.py steps|write|start CASE RESULT
+    mpiexec -n 4 python bench/checkpoints/job.py steps|write|start CASE RESULT
 
 CASE is JSON: settings of `mpicdsgd train jobs/mnist.toml`, and rounds, steps and the like.
 Everything goes through `runs.run.Run`, as in `mpicdsgd train`.
@@ -17,6 +17,8 @@ import sys  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # bench/, whose modules all of it shares
 
 import common  # noqa: E402
 import contenders  # noqa: E402

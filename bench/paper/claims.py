@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-from paper_curves import Curves, diverged
-from paper_rules import (
+from paper.curves import Curves, diverged
+from paper.rules import (
     EQUAL,
     POINTS,
     Decision,

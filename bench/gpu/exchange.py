@@ -8,8 +8,8 @@ the agents' passes alone: one agent after the other, the others idle, and all at
 them in turn; a time is the slowest rank's. What a card's ranks take one after the other is added
 up; with cards of their own, the slowest card's counts.
 
-    python bench/gpu_exchange.py [--ranks N] [--size D] [--quick] [--out FILE] [--emulate]
-    mpiexec -n 4 python bench/gpu_exchange.py ...
+    python bench/gpu/exchange.py [--ranks N] [--size D] [--quick] [--out FILE] [--emulate]
+    mpiexec -n 4 python bench/gpu/exchange.py ...
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # bench/, whose modules all of it shares
 
 import common
 import torch

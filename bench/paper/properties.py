@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import common
 import numpy as np
-from paper_part import CLASSES, SHAPES, Part
-from paper_rules import EQUAL
-from paper_table import table
+from table import table
 
 from mpicdsgd.common.errors import UserError
 from mpicdsgd.models import build
+from paper.part import CLASSES, SHAPES, Part
+from paper.rules import EQUAL
 
 # Whom an agent exchanges with, and whether on a graph of one's own choice (Table 1's C.C.T.).
 _PEERS = {

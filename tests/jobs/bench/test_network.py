@@ -1,4 +1,4 @@
-"""bench/network.sh on hosts of its own: its record is whole, and no host outlives it."""
+"""bench/network/run.sh on hosts of its own: its record is whole, and no host outlives it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from job import HERE
 import mpicdsgd
 
 BENCH = HERE.parents[1] / "bench"
-SCRIPT = BENCH / "network.sh"
+SCRIPT = BENCH / "network" / "run.sh"
 TOOLS = ("ip", "tc", "nsenter", "unshare", "hostname", "setsid")
 LAUNCHERS = ("PMI_", "PMIX_", "OMPI_", "HYDRA_", "MPI_LOCAL")  # an outer job's settings
 pytestmark = pytest.mark.slow
@@ -40,7 +40,7 @@ def why_no_hosts(folder: Path) -> str:
         return f"no {missing[0]}"
     if os.geteuid() != 0:
         return "network namespaces need root"
-    hosts = str(BENCH / "hosts.sh")
+    hosts = str(BENCH / "network" / "hosts.sh")
     own = os.environ | {"MPICDSGD_HOSTS": str(folder / "hosts.try")}
     made = subprocess.run(
         ["bash", hosts, "up", "2", "100mbit"], env=own, capture_output=True, text=True, check=False
@@ -148,5 +148,5 @@ def test_says_in_one_line_what_is_missing(tmp_path: Path, lacking: str) -> None:
         [bash, str(SCRIPT)], env=own, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("bench/network.sh needs")
+    assert done.stderr.startswith("bench/network/run.sh needs")
     assert len(done.stderr.splitlines()) == 1

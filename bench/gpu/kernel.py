@@ -6,7 +6,7 @@ is a copy on the same card, measured just before each of them: the faster of the
 torch's, bytes read and written. Bytes of a pass are those that none can avoid: in float32
 (degree + 6) * 4 per parameter. Before anything is timed, its results are compared with the host's.
 
-    python bench/gpu_kernel.py [--quick] [--size N] [--out FILE] [--emulate]
+    python bench/gpu/kernel.py [--quick] [--size N] [--out FILE] [--emulate]
 """
 
 import argparse
@@ -15,7 +15,10 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # bench/, whose modules all of it shares
 
 import common
 import numpy as np

@@ -13,8 +13,8 @@
 Ranks and settings are those of `mpicdsgd train`. Sections that are not run keep their figures in
 checkpoints.json; the page checkpoints.md is made from all of them.
 
-    python bench/checkpoints.py [--only steps,write,restart,startup] [--ranks N] [--folder FOLDER]
-                                [--quick] [--out FILE]
+    python bench/checkpoints/run.py [--only steps,write,restart,startup] [--ranks N]
+                                    [--folder FOLDER] [--quick] [--out FILE]
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import checkpoints_files
-import checkpoints_page
+sys.path.insert(0, str(Path(__file__).parents[1]))  # bench/, whose modules all of it shares
+
 import common
 from mpi4py import MPI
 
 import mpicdsgd
+from checkpoints import files, page
 from mpicdsgd.kernels import native
 
 SECTIONS = ("steps", "write", "restart", "startup")
@@ -52,14 +53,14 @@ SMALL = [
     "model.name=mlp", "model.args.hidden=[128,64]", "data.name=digits", "data.batch_size=4",
 ]  # fmt: skip
 COMMON = ["run.keep=1", "agents.threads=1"]
-STARTED = "MPICDSGD_BENCH_STARTED"  # `checkpoints_job` reads it
+STARTED = "MPICDSGD_BENCH_STARTED"  # `checkpoints/job.py` reads it
 
 
 def job(kind: str, case: common.Record, ranks: int, folder: Path) -> common.Record:
     """What the ranks measured."""
     out = folder / "result.json"
     out.unlink(missing_ok=True)
-    script = str(common.HERE / "checkpoints_job.py")
+    script = str(common.HERE / "checkpoints" / "job.py")
     command = [*common.mpiexec(ranks), sys.executable, script, kind, json.dumps(case), str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", STARTED: repr(time.monotonic())}
     done = subprocess.run(
@@ -94,7 +95,7 @@ class Bench:
         return [
             *COMMON,
             *self.models[model],
-            "data.name=checkpoints_job:noise",
+            "data.name=checkpoints.job:noise",
             f"data.args.samples={samples}",
             f"data.batch_size={BATCH}",
             f"run.dir={self.folder / run_dir}",
@@ -134,21 +135,21 @@ class Bench:
             assert (new["step"], again["step"]) == (1, 2), "a restart goes on from its checkpoint"
             starts.append({"new": new, "again": again})
         return {"ranks": self.many, "starts": starts,
-                "files": checkpoints_files.measure(self.rounds(5))}  # fmt: skip
+                "files": files.measure(self.rounds(5))}  # fmt: skip
 
     def _restart(self, settings: list[str]) -> common.Record:
         """Starts without a checkpoint and with one, in turn."""
         with_dir, without = self.folder / "with", self.folder / "without"
         shutil.rmtree(with_dir, ignore_errors=True)
         made = job("start", {"settings": settings, "save": True}, self.ranks, self.folder)
-        files = [str(p) for p in with_dir.glob("checkpoints/*/*")]
+        paths = [str(p) for p in with_dir.glob("checkpoints/*/*")]
         starts: dict[str, list[common.Record]] = {"without": [], "cached": [], "disk": []}
         for _ in range(self.rounds(5)):
             for way, found in starts.items():
                 shutil.rmtree(without, ignore_errors=True)
                 there = without if way == "without" else with_dir
                 if way == "disk":
-                    checkpoints_files.forget(files)
+                    files.forget(paths)
                 case = {"settings": [*settings, f"run.dir={there}"]}
                 found.append(job("start", case, self.ranks, self.folder))
                 assert found[-1]["step"] == (1 if way == "without" else 2)
@@ -200,11 +201,11 @@ def main() -> int:
             load = os.getloadavg()[0]
             found = getattr(bench, section)()
             record["sections"][section] = {**about, "load before": load, "results": found}
-            record["checks"] = checkpoints_page.checks(record["sections"])
+            record["checks"] = page.checks(record["sections"])
             common.write(record, out)
-            page = checkpoints_page.page(record)
-            out.with_suffix(".md").write_text(page)
-    print(page, end="")
+            text = page.page(record)
+            out.with_suffix(".md").write_text(text)
+    print(text, end="")
     common.print_checks(record["checks"])
     return 0
 

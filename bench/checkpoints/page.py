@@ -1,4 +1,4 @@
-"""The page `checkpoints.md` and its checks, from what `checkpoints` has measured."""
+"""The page `checkpoints.md` and its checks, from what `run.py` has measured."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 import common
-from paper_table import table
+from table import table
 
 SLOWER = 1.05  # a step with a checkpoint every 50, over one without, at most
 THROUGHPUT = 0.7  # of tofile and fsync, at least
@@ -39,8 +39,8 @@ def page(record: common.Record) -> str:
     """The whole page."""
     sections = record["sections"]
     out = ["# What checkpoints cost", "",
-           "Made by `python bench/checkpoints.py`: medians (smallest to largest); every time is "
-           "the slowest rank's."]  # fmt: skip
+           "Made by `python bench/checkpoints/run.py`: medians (smallest to largest); every time "
+           "is the slowest rank's."]  # fmt: skip
     parts: dict[str, Callable[[common.Record], list[str]]] = {
         "steps": _steps, "write": _write, "restart": _restart, "startup": _startup,
     }  # fmt: skip

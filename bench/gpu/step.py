@@ -5,8 +5,8 @@ A step is zero_grad, forward, backward and the optimizer's: CDMSGD on the ring t
 of 128 from the same data in the same way. Rounds take them in turn; a time is the slowest rank's.
 "batches alone" makes and copies them, and nothing else.
 
-    python bench/gpu_step.py [--ranks N] [--mnist FOLDER] [--cifar10 FOLDER] [--quick] [--emulate]
-    mpiexec -n 5 python bench/gpu_step.py ...
+    python bench/gpu/step.py [--ranks N] [--mnist FOLDER] [--cifar10 FOLDER] [--quick] [--emulate]
+    mpiexec -n 5 python bench/gpu/step.py ...
 
 Without --mnist, MPICDSGD_DATA/mnist is taken where it is; what is not given is random images.
 """
@@ -21,6 +21,8 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # bench/, whose modules all of it shares
 
 import common
 import numpy as np

@@ -1,0 +1,1 @@
+"""What checkpoints and starts cost: `run.py`."""

@@ -1,0 +1,1 @@
+"""Hosts joined by slow links: `run.sh`."""
