@@ -25,7 +25,7 @@ import contenders  # noqa: E402
 import numpy as np  # noqa: E402
 from mpi4py import MPI  # noqa: E402
 
-from mpicdsgd.checkpoints import manifest  # noqa: E402
+from mpicdsgd.checkpoints import manifest, reading  # noqa: E402
 from mpicdsgd.data.prefetch import to_device  # noqa: E402
 from mpicdsgd.runs import agent_state  # noqa: E402
 from mpicdsgd.runs.config import load_config  # noqa: E402
@@ -87,7 +87,7 @@ class Trainer:
         return time.perf_counter()
 
     def written(self) -> tuple[int, int]:
-        """Files and bytes of the newest reading."""
+        """Files and bytes of the newest checkpoint."""
         place = manifest.places(self.run._dir)[0]
         sizes = [path.stat().st_size for path in place.folder.iterdir()]
         return len(sizes), sum(sizes)
@@ -164,13 +164,13 @@ def start(case: Case) -> Case:
 
     With "save" a checkpoint is written then.
     """
-    reading = [0.0]
+    reading_s = [0.0]
     read = reading.read_newest
 
     def timed(*args: Any, **more: Any) -> Any:
         began = time.perf_counter()
         found = read(*args, **more)
-        reading[0] += time.perf_counter() - began
+        reading_s[0] += time.perf_counter() - began
         return found
 
     reading.read_newest = timed
@@ -180,7 +180,7 @@ def start(case: Case) -> Case:
     stepped = time.monotonic()
     began = float(os.environ[STARTED])
     marks = [t - began for t in (ENTERED, IMPORTED, ready, stepped)]
-    rows = contenders.gather(made.comm, [*marks, reading[0]])
+    rows = contenders.gather(made.comm, [*marks, reading_s[0]])
     names = ("entered", "imported", "ready", "first step", "reading")
     result: Case = {name: column.tolist() for name, column in zip(names, rows.T, strict=True)}
     result["step"] = made.run.optimizer.steps
