@@ -157,6 +157,12 @@ def print_times(results: dict[str, Record], more: Callable[[Record], str] = lamb
               f"({row['min_s'] * 1e3:.3f} to {row['max_s'] * 1e3:.3f}){more(row)}")  # fmt: skip
 
 
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of Markdown."""
+    return ["| " + " | ".join(cells) + " |"
+            for cells in (head, ["---"] * len(head), *rows)]  # fmt: skip
+
+
 def place(name: str, args: argparse.Namespace) -> Path:
     """Where the JSON goes: to --out, or to the results; a quick round replaces no record."""
     folder = HERE / "results" / "quick" if args.quick else HERE / "results"

@@ -80,22 +80,11 @@ def run(args: argparse.Namespace, measure: Callable[[], common.Record]) -> int:
     """Measure in this job or, outside one, in a job for each of ``--ranks``; print and write.
 
     Args:
-        measure: collective; its record is rank 0's. `provenance` is put before it.
+        measure: see `collect`.
     """
-    if not common.in_job():
-        parts = [_in_job(int(ranks)) for ranks in args.ranks.split(",")]
-    else:
-        record = _measured(measure)
-        if record is None:
-            return 0
-        if args.part is not None:
-            common.write(record, args.part)
-            return 0
-        parts = [record]
-    whole = parts[0] | {"ranks": [part["ranks"] for part in parts]}
-    for name in {"skipped", "results", "losses"} & whole.keys():
-        whole[name] = {key: value for part in parts for key, value in part[name].items()}
-    whole["checks"] = [check for part in parts for check in part["checks"]]
+    whole = collect(args, measure, args.ranks)
+    if whole is None:
+        return 0
     print(f"{whole['cpu']}, {whole['cores']} cores, {whole['kernel']['isa']}, one thread a rank")
     common.print_times(whole["results"], _cpu_text)
     for name, why in whole["skipped"].items():
@@ -104,12 +93,44 @@ def run(args: argparse.Namespace, measure: Callable[[], common.Record]) -> int:
     return 0
 
 
-def _in_job(ranks: int) -> common.Record:
-    """The record of this very command as a job of ``ranks``."""
+def collect(
+    args: argparse.Namespace,
+    measure: Callable[[], common.Record],
+    ranks: str,
+    launcher: Callable[[int], list[str]] = common.mpiexec,
+) -> common.Record | None:
+    """The record of this job or, outside one, of a job on each number of ``ranks``, as one.
+
+    None where that is another's to print: on ranks but the first, and where ``--part`` has it.
+
+    Args:
+        measure: collective; its record is rank 0's. `provenance` is put before it.
+        ranks: as in "2,4".
+        launcher: the command that starts what follows it on so many.
+    """
+    if not common.in_job():
+        parts = [_in_job(launcher(int(n))) for n in ranks.split(",")]
+    else:
+        record = _measured(measure)
+        if record is None:
+            return None
+        if args.part is not None:
+            common.write(record, args.part)
+            return None
+        parts = [record]
+    whole = parts[0] | {"ranks": [part["ranks"] for part in parts]}
+    for name in {"skipped", "results", "losses"} & whole.keys():
+        whole[name] = {key: value for part in parts for key, value in part[name].items()}
+    whole["checks"] = [check for part in parts for check in part["checks"]]
+    return whole
+
+
+def _in_job(launcher: Sequence[str]) -> common.Record:
+    """The record of this very command as a job."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder, "part.json")
-        command = [*common.mpiexec(ranks), sys.executable, *sys.argv, "--part", str(part)]
+        command = [*launcher, sys.executable, *sys.argv, "--part", str(part)]
         code = subprocess.run(command, env=environment, check=False).returncode
         if code or not part.exists():
             sys.exit(code or 1)

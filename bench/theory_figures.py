@@ -7,7 +7,6 @@ from typing import Any
 
 import common
 import numpy as np
-from table import table
 
 from mpicdsgd.common.figures import COLOURS, INK, save
 
@@ -160,7 +159,7 @@ def tables(record: common.Record) -> str:
         for name, curve in record["diminishing"]["curves"].items()
     ]
     return "\n\n".join(
-        "\n".join(table(head, rows))
+        "\n".join(common.table(head, rows))
         for head, rows in (
             (["matrix", "lambda_2", "lambda_N", "(15)", "(14)", "Theorem 1 as printed",
               "corrected", "Prop. 1: bound/measured", "Theorem 2: bound/measured"], erratum),

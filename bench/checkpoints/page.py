@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Callable, Sequence
 
 import common
-from table import table
 
 SLOWER = 1.05  # a step with a checkpoint every 50, over one without, at most
 THROUGHPUT = 0.7  # of tofile and fsync, at least
@@ -68,7 +67,7 @@ def _steps(section: common.Record) -> list[str]:
         f"{section['ranks']} ranks, batch 32; goal: at most {SLOWER}. A block of "
         f"{section['every']} steps with a checkpoint lasts until its manifest is there and the "
         "checkpoint before it is removed.", "",
-        *table(head, rows),
+        *common.table(head, rows),
     ]  # fmt: skip
 
 
@@ -88,7 +87,7 @@ def _write(section: common.Record) -> list[str]:
         "## Throughput of a write", "",
         f"{section['ranks']} ranks at the same time, on {section['file system']}; goal: at least "
         f"{THROUGHPUT} of `numpy.tofile` and `fsync` of the same arrays. A checkpoint is copied, "
-        "checksummed, written, synced, and listed in a manifest.", "", *table(head, rows),
+        "checksummed, written, synced, and listed in a manifest.", "", *common.table(head, rows),
     ]  # fmt: skip
 
 
@@ -105,7 +104,7 @@ def _restart(section: common.Record) -> list[str]:
             "of it: finding, checking, reading the checkpoint, s"]  # fmt: skip
     return [
         "## From the launcher's start to the first step", "",
-        f"{section['ranks']} ranks.", "", *table(head, rows),
+        f"{section['ranks']} ranks.", "", *common.table(head, rows),
     ]  # fmt: skip
 
 
@@ -124,7 +123,7 @@ def _startup(section: common.Record) -> list[str]:
     return [
         f"## {results['ranks']} ranks on {section['cores']} cores", "",
         "Medians over ranks, and the first and last of them; an MLP of 17,000 parameters on the "
-        "digits.", "", *table(head, rows), "",
+        "digits.", "", *common.table(head, rows), "",
         f"One checkpoint: {made[0]['files']} files, {_size(made[0]['size_bytes'])}, "
         f"{_spread([m['seconds'] for m in made], 1, 1)} s from the call to the manifest, with the "
         f"start of {results['ranks']} writers; training waits "
@@ -148,7 +147,7 @@ def _files(files: common.Record) -> list[str]:
             "stat, access, readlink"]  # fmt: skip
     seconds = files["seconds"]
     return [
-        *table(head, rows), "",
+        *common.table(head, rows), "",
         f"`import torch` in a new Python: {_spread(seconds['warm'], 1, 2)} s, and "
         f"{_spread(seconds['cold'], 1, 2)} s once its files are out of the page cache.",
     ]  # fmt: skip

@@ -16,16 +16,11 @@ ones only. Times are the slowest rank's.
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import math
-import os
 import shlex
 import socket
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -285,22 +280,6 @@ def checks_of(model: str, hosts: int, seconds: common.Seconds, *, judged: bool) 
 # All jobs
 
 
-def run_job(args: argparse.Namespace, hosts: int) -> common.Record:
-    """The record of this very command as a job on ``hosts``; ends with it where it fails."""
-    launcher = (
-        shlex.split(args.launcher.format(n=hosts)) if args.launcher else common.mpiexec(hosts)
-    )
-    environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | os.environ
-    with tempfile.TemporaryDirectory() as folder:
-        part = Path(folder, "part.json")
-        command = [*launcher, sys.executable, *sys.argv, "--part", str(part)]
-        code = subprocess.run(command, env=environment, check=False).returncode
-        if code or not part.exists():
-            sys.exit(code or 1)
-        found: common.Record = json.loads(part.read_text())
-    return found
-
-
 def print_table(results: dict[str, common.Record]) -> None:
     width = max(map(len, results))
     print(f"{'seconds per step':{width}}   median  quartiles       computing")
@@ -314,7 +293,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.set_defaults(emulate=False, name="network")
     add = parser.add_argument
     add("--hosts", help="where this is no MPI job: 4,8; with --quick: 4")
     add("--launcher", help='how to start it on n hosts: "srun -N {n} -n {n}"; default: mpiexec')
@@ -322,29 +300,18 @@ def main() -> int:
     add("--interface", default="e0", help="gloo's; default: %(default)s")
     add("--quick", action="store_true", help="a smaller MLP, fewer rounds; no goal is judged")
     add("--out", type=Path)
-    add("--part", type=Path, help=argparse.SUPPRESS)  # a job's record
+    add("--part", type=Path, help=argparse.SUPPRESS)  # a job's record, for `collect`
     parser.set_defaults(name="network", emulate=False)
     args = parser.parse_args()
-    parts = []
-    if common.in_job():
-        torch.set_num_threads(1)
-        logging.getLogger("mpicdsgd").setLevel(logging.ERROR)
-        record = job(args)
-        from mpi4py import MPI
 
-        if MPI.COMM_WORLD.rank:
-            return 0
-        parts = [contenders.provenance() | record]
-        if args.part is not None:
-            common.write(parts[0], args.part)
-            return 0
-    else:
-        hosts = args.hosts or ("4" if args.quick else "4,8")
-        parts = [run_job(args, int(n)) for n in hosts.split(",")]
-    whole = parts[0] | {"ranks": [part["ranks"] for part in parts], "network": args.network}
-    for name in ("results", "losses"):
-        whole[name] = {key: value for part in parts for key, value in part[name].items()}
-    whole["checks"] = [check for part in parts for check in part["checks"]]
+    def launcher(n: int) -> list[str]:
+        return shlex.split(args.launcher.format(n=n)) if args.launcher else common.mpiexec(n)
+
+    hosts = args.hosts or ("4" if args.quick else "4,8")
+    whole = contenders.collect(args, lambda: job(args), hosts, launcher)
+    if whole is None:
+        return 0
+    whole["network"] = args.network
     print(f"{args.network}; {whole['cpu']}, {whole['cores']} cores, one thread a rank")
     print_table(whole["results"])
     common.finish(args, whole)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import common
 import numpy as np
-from table import table
 
 from mpicdsgd.graphs.specs import graph_from_spec, mixing_from_spec
 from mpicdsgd.runs import metrics_file, trace
@@ -98,6 +97,6 @@ def section(title: str, found: dict[str, Sequence[Radius]]) -> list[str]:
         "and bound are those of the evaluation at which they are nearest. It says nothing of "
         "momentum: no CDMSGD run is in the table.",
         "",
-        *table(head, rows),
+        *common.table(head, rows),
         "",
     ]

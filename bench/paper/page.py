@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import common
 import numpy as np
-from table import table
 
 from paper import consensus
 from paper.claims import CLAIMS, Claim, decide
@@ -102,7 +101,7 @@ def _claims(part: Part) -> list[str]:
         "on its own share, which is the smaller the more agents there are and the sooner learnt by "
         "heart, so agents that mix less may look faster there than they are.",
         "",
-        *table(["claim", "step sizes", "seen", "numbers", "rule"], rows),
+        *common.table(["claim", "step sizes", "seen", "numbers", "rule"], rows),
         "",
     ]
 
@@ -128,7 +127,7 @@ def _experiment(part: Part, experiment: str, seeds: int) -> list[str]:
     out = [f"## {TITLES[experiment]}: {part.title}", ""]
     if name := part.figures.get(experiment):
         out += [f"![{TITLES[experiment]}, {part.title}]({name})", ""]
-    out += [*table(head, rows), ""]
+    out += [*common.table(head, rows), ""]
     if said := remarks(part, experiment, seeds):
         out += [*said, ""]
     return out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import common
 import numpy as np
-from table import table
 
 from mpicdsgd.common.errors import UserError
 from mpicdsgd.models import build
@@ -81,7 +80,7 @@ def properties(part: Part) -> list[str]:
         "best of these at the end. A server's bytes are no agent's and not counted. The paper's "
         "step sizes and rates are theory, which so few epochs cannot show.",
         "",
-        *table(head, rows),
+        *common.table(head, rows),
         "",
     ]
 
