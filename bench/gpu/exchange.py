@@ -74,7 +74,7 @@ def open_all(agents: Any, size: int, skipped: dict[str, str]) -> dict[str, Conte
 
 def unlike(agents: Any, contenders: dict[str, Contender]) -> int:
     """Elements, of all agents, in which the others differ from the first. Collective."""
-    first, *rest = (c.optimizer.stepper.x for c in contenders.values())
+    first, *rest = (c.optimizer.context.x for c in contenders.values())
     differing = sum(int((x.view(torch.int32) != first.view(torch.int32)).sum()) for x in rest)
     return int(sum(agents.comm.allgather(differing)))
 
