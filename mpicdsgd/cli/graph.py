@@ -7,7 +7,41 @@ import json
 import sys
 from pathlib import Path
 
+from mpicdsgd.cli.arguments import Commands
 from mpicdsgd.common.errors import UserError
+
+
+def add_to(commands: Commands) -> None:
+    command = commands.add_parser("graph", help="what a topology and its mixing matrix are worth")
+    command.add_argument(
+        "specs", nargs="*", metavar="SPEC", help="ring, torus:4x4, file:net.edges; several: a table"
+    )
+    command.add_argument("-n", "--agents", type=int, metavar="N")
+    command.add_argument(
+        "--mixing", metavar="SPEC", help="default: metropolis, on directed graphs uniform"
+    )
+    command.add_argument(
+        "--png", metavar="FILE", help="draw it, several side by side; of --suggest the best"
+    )
+    command.add_argument("--json", action="store_true")
+    command.add_argument("--parameters", type=int, metavar="D", help="of the model, for the bytes")
+    command.add_argument(
+        "--wire", choices=("float32", "bfloat16", "float16"), default="float32", help="what travels"
+    )
+    command.add_argument(
+        "--gamma", type=float, metavar="G", help="gamma_m: the largest step sizes, (14) and (15)"
+    )
+    command.add_argument("--Q-m", type=float, metavar="Q", help="for --gamma; default 1")
+    command.add_argument("--zeta-1", type=float, metavar="Z", help="for --gamma; default 1")
+    command.add_argument("--lr", type=float, metavar="ALPHA", help="the consensus radius, with")
+    command.add_argument("--gradient-bound", type=float, metavar="L", help="of all agents together")
+    command.add_argument(
+        "--suggest", action="store_true", help="rank topologies of -n agents by gap per byte"
+    )
+    command.add_argument(
+        "--max-degree", type=int, metavar="K", help="neighbours that an agent may have"
+    )
+    command.set_defaults(run=graph)
 
 
 def graph(arguments: argparse.Namespace) -> int:

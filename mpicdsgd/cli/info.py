@@ -5,6 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 
+from mpicdsgd.cli.arguments import Commands
+
+
+def add_to(commands: Commands) -> None:
+    command = commands.add_parser(
+        "info",
+        help="MPI library, threads, HDF5, kernel, GPUs, transports",
+        description="Under mpirun or srun it also says how each edge's values would travel.",
+    )
+    command.add_argument("--topology", default="ring", metavar="SPEC", help="default: ring")
+    command.add_argument("--json", action="store_true")
+    command.set_defaults(run=info)
+
 
 def info(arguments: argparse.Namespace) -> int:
     from mpi4py import MPI

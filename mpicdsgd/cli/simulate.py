@@ -6,7 +6,23 @@ import argparse
 import sys
 from pathlib import Path
 
+from mpicdsgd.cli.arguments import Commands, add_config
 from mpicdsgd.common.errors import UserError
+
+
+def add_to(commands: Commands) -> None:
+    command = commands.add_parser(
+        "simulate",
+        help="the same run with many agents in one process",
+        description="What train does with N ranks, without MPI: as an oracle, and for more agents "
+        "than a machine has cores.",
+    )
+    add_config(command)
+    command.add_argument("--agents", type=int, metavar="N", help="how many; required")
+    command.add_argument(
+        "--one-by-one", action="store_true", help="not many agents at a time, whatever the model"
+    )
+    command.set_defaults(run=simulate)
 
 
 def simulate(arguments: argparse.Namespace) -> int:

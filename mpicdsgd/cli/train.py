@@ -1,4 +1,4 @@
-"""What the commands that run or start something do: train, simulate, submit."""
+"""``mpicdsgd train``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,20 @@ from pathlib import Path
 from typing import NoReturn
 
 from mpicdsgd.cli import exit_codes, launch
+from mpicdsgd.cli.arguments import Commands, add_config
 from mpicdsgd.common import signals
 from mpicdsgd.common.errors import UserError
+
+
+def add_to(commands: Commands) -> None:
+    command = commands.add_parser(
+        "train", help="train a model", description="Run under mpirun or srun, or with --agents."
+    )
+    add_config(command)
+    command.add_argument(
+        "--agents", type=int, metavar="N", help="start N ranks with mpiexec, a server included"
+    )
+    command.set_defaults(run=train)
 
 
 def _on_interrupt(number: int, frame: object) -> NoReturn:

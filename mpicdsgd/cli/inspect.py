@@ -1,35 +1,21 @@
-"""The commands that look at graphs, runs and checkpoints, and need no job. `cli` has the others.
-
-Each takes the parsed arguments, prints, and returns the exit code. What it needs it imports by
-itself: MPI and torch take seconds, and most can do without.
-"""
+"""``mpicdsgd inspect``."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-
-def plot(arguments: argparse.Namespace) -> int:
-    from mpicdsgd.runs.plot import plot_runs
-
-    runs = [Path(run) for run in arguments.runs]
-    # A figure of several runs belongs into no one's folder.
-    default = (runs[0] if len(runs) == 1 else Path()) / "metrics.png"
-    out = Path(arguments.out) if arguments.out else default
-    plot_runs(runs, out)
-    print(f"plot: {out}")
-    return 0
+from mpicdsgd.cli.arguments import Commands
 
 
-def compare(arguments: argparse.Namespace) -> int:
-    from mpicdsgd.runs.compare import compare, table
-
-    rows = compare([Path(run) for run in arguments.runs])
-    print(json.dumps(rows, indent=2) if arguments.json else table(rows))
-    return 0
+def add_to(commands: Commands) -> None:
+    command = commands.add_parser(
+        "inspect", help="what a checkpoint holds, and whether it is whole"
+    )
+    command.add_argument("checkpoint", metavar="RUN_DIR|CHECKPOINT")
+    command.add_argument("--json", action="store_true")
+    command.set_defaults(run=inspect)
 
 
 def inspect(arguments: argparse.Namespace) -> int:
@@ -63,17 +49,3 @@ def inspect(arguments: argparse.Namespace) -> int:
         for problem in one["problems"]:
             print(f"  {problem}")
     return code
-
-
-def export(arguments: argparse.Namespace) -> int:
-    from mpicdsgd.checkpoints.export import export
-
-    done = export(Path(arguments.checkpoint), Path(arguments.out), arguments.agent)
-    for text in done["skipped"]:
-        print(f"mpicdsgd: not intact, passed over: {text}", file=sys.stderr)
-    whose = "the average of" if arguments.agent is None else f"agent {arguments.agent} of"
-    print(
-        f"{arguments.out}: {whose} {done['agents']} agents at step {done['step']}, "
-        f"{done['tensors']} tensors"
-    )
-    return 0
