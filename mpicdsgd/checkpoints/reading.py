@@ -231,6 +231,4 @@ def _agree(comm: MPI.Intracomm, problem: str) -> None:
     """Raise the first rank's problem as a UserError on every rank, if any has one. Collective."""
     first = next((p for p in comm.allgather(problem) if p), "")
     if first:
-        error = UserError(first)
-        error.raised_on_all_ranks = True
-        raise error
+        raise UserError(first).everywhere()

@@ -37,12 +37,10 @@ def simulate(arguments: argparse.Namespace) -> int:
     from mpicdsgd.simulation.simulation import Simulation
 
     if MPI.COMM_WORLD.size > 1:
-        error = UserError(
+        raise UserError(
             f"simulate is one process, but the launcher started {MPI.COMM_WORLD.size} ranks: leave "
             "mpirun or srun out, or use train"
-        )
-        error.raised_on_all_ranks = True
-        raise error
+        ).everywhere()
     config = load_config(Path(arguments.config), arguments.overrides)
     simulation = Simulation(config, arguments.agents, one_by_one=arguments.one_by_one)
     try:

@@ -69,8 +69,7 @@ def agree(
     for rank, text in enumerate(texts):
         if text:
             raised = error if error is not None and rank == comm.rank else UserError(text[1:])
-            raised.raised_on_all_ranks = True
-            raise raised
+            raise raised.everywhere()
 
 
 @contextlib.contextmanager
@@ -94,13 +93,11 @@ def require_same(comm: MPI.Intracomm, what: str, value: str, timeout_s: float = 
     odd = [rank for rank, digest in enumerate(digests) if digest != common]
     if not odd:
         return
-    error = UserError(
+    raise UserError(
         f"{what} must be the same on all ranks, but differs on "
         f"rank{'s' if len(odd) > 1 else ''} {', '.join(map(str, odd))}: "
         "give every rank the same files and arguments"
-    )
-    error.raised_on_all_ranks = True
-    raise error
+    ).everywhere()
 
 
 def wait_for(request: Testable, timeout_s: float, who: str) -> None:

@@ -334,9 +334,7 @@ class Run:
 
     def _as_mistake(self, error: Exception) -> UserError:
         """What all ranks raise, and what is left of the run."""
-        mistake = UserError(f"{error}; {self._kept()} in {self._dir}")
-        mistake.raised_on_all_ranks = True
-        return mistake
+        return UserError(f"{error}; {self._kept()} in {self._dir}").everywhere()
 
     def _kept(self) -> str:
         if self._writer.step is None:

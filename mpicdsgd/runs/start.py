@@ -59,12 +59,10 @@ def prepare(config: Config, comm: MPI.Intracomm, inherited: Inherited | None = N
             )
     agents = Agents(comm, mixing, device=config.agents.device, timeout_s=timeout_s)
     if config.agents.on_death == "continue" and agents.gpu is not None:
-        mistake = UserError(
+        raise UserError(
             'agents.on_death = "continue" is for agents on the CPU: set agents.device = "cpu", or '
             'leave it at "end"'
-        )
-        mistake.raised_on_all_ranks = True  # a GPU is on all or none
-        raise mistake
+        ).everywhere()  # a GPU is on all or none
     # Else cuDNN adds up gradients in any order, and a restart is not bit by bit the same.
     torch.backends.cudnn.deterministic = True
     agents.require_same("the config", repr(config))

@@ -40,7 +40,7 @@ class AgentFault(RuntimeError):
         fault: which agent, after how many of its steps, and why.
     """
 
-    raised_on_all_ranks = True
+    raised_on_all_ranks = True  # as in `common.errors.UserError`
 
     def __init__(self, fault: Fault) -> None:
         super().__init__(f"agent {fault.agent}, step {fault.at}: {_WHY[fault.reason]}")
