@@ -19,6 +19,18 @@ from mpicdsgd.common.errors import UserError
 from mpicdsgd.common.text import shorten
 
 
+class NotConnected(UserError):
+    """A graph fell into parts.
+
+    Attributes:
+        what: the graph and its parts, in words; the message also says what helps.
+    """
+
+    def __init__(self, what: str, instead: str) -> None:
+        super().__init__(f"{what}: {instead}")
+        self.what = what
+
+
 @dataclass(frozen=True)
 class Graph:
     """Agents 0 to n - 1 and whose parameters each of them reads.
@@ -94,9 +106,9 @@ class Graph:
         if len(parts) > 1:
             word = "strongly connected" if directed else "connected"
             listed = shorten([f"{{{shorten(part)}}}" for part in parts])
-            raise UserError(
-                f"{title} is not {word}: its {len(parts)} parts are {listed}: "
-                f"add edges so that information can flow from every agent to every other"
+            raise NotConnected(
+                f"{title} is not {word}: its {len(parts)} parts are {listed}",
+                "add edges so that information can flow from every agent to every other",
             )
         return graph
 

@@ -11,7 +11,7 @@ import math
 import networkx as nx
 
 from mpicdsgd.common.errors import UserError
-from mpicdsgd.graphs.graph import Graph, connected_parts
+from mpicdsgd.graphs.graph import Graph, NotConnected, connected_parts
 
 __all__ = [
     "Graph",
@@ -155,10 +155,9 @@ def _build(n: int, G: nx.Graph, name: str) -> Graph:
 def _random(n: int, G: nx.Graph, name: str, instead: str) -> Graph:
     try:
         return _build(n, G, name)
-    except UserError as error:
+    except NotConnected as error:
         # Drawing again in silence would make another graph than the one the seed names.
-        reason, _, _ = str(error).rpartition(": ")
-        raise UserError(f"{reason}: try another seed or {instead}") from None
+        raise NotConnected(error.what, f"try another seed or {instead}") from None
 
 
 def _lattice(

@@ -70,6 +70,10 @@ class Trace:
     moved: NDArray[np.float64]
 
 
+class NoStepsYet(UserError):
+    """There is a trace, which is written at evaluations, and none has been yet."""
+
+
 class Lines:
     """The file ``trace.gNNNN.jsonl``, kept as `metrics_file.Metrics` says. Local.
 
@@ -224,7 +228,7 @@ def read(run_dir: Path) -> Trace:
         for name, values in columns.items():
             values.append(np.array(line[name], np.float64))
     if not steps:
-        raise UserError(f"no step is in the trace {path} yet: it is written at evaluations")
+        raise NoStepsYet(f"no step is in the trace {path} yet: it is written at evaluations")
     return Trace(np.concatenate(steps), **{k: np.concatenate(v) for k, v in columns.items()})
 
 

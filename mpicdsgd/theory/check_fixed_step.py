@@ -20,7 +20,7 @@ from mpicdsgd.theory.case import (
     assuming,
     uncertain,
 )
-from mpicdsgd.theory.estimates import BOUND
+from mpicdsgd.theory.estimates import Kind
 from mpicdsgd.theory.verdicts import (
     CORRECTED,
     PRINTED,
@@ -54,7 +54,7 @@ def conditions(case: Case) -> Verdicts:
             name, "", steps, case.alphas, np.full(len(steps), largest),
             resolution=1e-9 * largest, detail=assuming(detail, uncertain(case.found)),
         )  # fmt: skip
-        if verdict.violations and case.found.gamma_m.how.startswith(BOUND):
+        if verdict.violations and case.found.gamma_m.kind == Kind.BOUND:
             more = "gamma_m is a bound from above, so larger steps may be admitted"
             verdict = replace(verdict, detail=assuming(verdict.detail, more))
         made.append(verdict)

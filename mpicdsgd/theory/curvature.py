@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mpicdsgd.models import build, losses
-from mpicdsgd.theory.estimates import BOUND, EXACT, Estimate, points
+from mpicdsgd.theory.estimates import Estimate, Kind, points
 from mpicdsgd.theory.lanczos import extreme_eigenvalues
 from mpicdsgd.theory.objective import Floats, Objective, doubled, point
 
@@ -74,9 +74,10 @@ def curvature(
                 Estimate(
                     top / 2 + objective.decay,
                     None,
-                    f"{BOUND}: half the inputs' largest second moment",
+                    Kind.BOUND,
+                    "half the inputs' largest second moment",
                 ),
-                Estimate(objective.decay, None, EXACT),
+                Estimate(objective.decay),
             )
         C = _constant_output_hessian(objective)
         if C is not None:
@@ -195,13 +196,12 @@ def _local(objective: Objective, points_PD: Sequence[Floats], most: int) -> Curv
     best = int(np.argmax(gammas))
     spread = f"{min(gammas):.4g} to {max(gammas):.4g}, " if len(gammas) > 1 else ""
     how = (
-        f"estimated {points(len(found))}, a lower bound ({spread}Lanczos residual "
-        f"{found[best].residual:.1g})"
+        f"{points(len(found))}, a lower bound ({spread}Lanczos residual {found[best].residual:.1g})"
     )
     return Curvature(
         "network",
-        Estimate(gammas[best], found[best].residual, how),
-        Estimate(0.0, None, f"{BOUND}: no convexity is known, lowest eigenvalue found "
-                            f"{min(one.low for one in found):.4g}"),
+        Estimate(gammas[best], found[best].residual, Kind.ESTIMATED, how),
+        Estimate(0.0, None, Kind.BOUND, "no convexity is known, lowest eigenvalue found "
+                                        f"{min(one.low for one in found):.4g}"),
         lowest=min(one.low for one in found),
     )  # fmt: skip

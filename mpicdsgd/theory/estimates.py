@@ -11,12 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-EXACT = "exact"
-BOUND = "bound"
+
+class Kind(StrEnum):
+    """How a number was come by; a theorem may rest on the first two."""
+
+    EXACT = "exact"
+    BOUND = "bound"  # from above for gamma, L and Q; from below for H and zeta_1
+    ESTIMATED = "estimated"
+
+
+_BEFORE_DETAIL = {Kind.EXACT: "; ", Kind.BOUND: ": ", Kind.ESTIMATED: " "}
 
 
 @dataclass(frozen=True)
@@ -25,19 +35,29 @@ class Estimate:
 
     Attributes:
         value: the number.
-        uncertainty: standard error, residual or spread, as ``how`` says; None: there is none.
-        how: "exact", "bound" (from above for gamma, L and Q; from below for H and zeta_1), or
-            "estimated ...", whence it is no bound.
+        uncertainty: standard error, residual or spread, as ``detail`` says; None: there is none.
+        kind: see there.
+        detail: from what, in words.
     """
 
     value: float
     uncertainty: float | None = None
-    how: str = EXACT
+    kind: Kind = Kind.EXACT
+    detail: str = ""
 
     @property
     def certain(self) -> bool:
         """Whether a theorem may rest on it."""
-        return self.how.startswith((EXACT, BOUND))
+        return self.kind != Kind.ESTIMATED
+
+    @property
+    def how(self) -> str:
+        """Kind and detail in words."""
+        return f"{self.kind}{_BEFORE_DETAIL[self.kind]}{self.detail}" if self.detail else self.kind
+
+    def as_json(self) -> dict[str, Any]:
+        """What a report has of it."""
+        return {"value": self.value, "uncertainty": self.uncertainty, "how": self.how}
 
 
 @dataclass(frozen=True)
@@ -85,7 +105,7 @@ def variance(agents: Sequence[Noise], batch: float) -> tuple[float, float]:
 def largest(values: Sequence[float], errors: Sequence[float], where: str) -> Estimate:
     """An honest rule for a bound from points: the largest value, and its standard error on top."""
     i = int(np.argmax(values))
-    return Estimate(values[i] + errors[i], errors[i], f"estimated {where}")
+    return Estimate(values[i] + errors[i], errors[i], Kind.ESTIMATED, where)
 
 
 def points(count: int) -> str:

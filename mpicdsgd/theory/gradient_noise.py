@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from mpicdsgd.theory import estimates
-from mpicdsgd.theory.estimates import Estimate, Noise, largest, points
+from mpicdsgd.theory.estimates import Estimate, Kind, Noise, largest, points
 from mpicdsgd.theory.objective import Floats, Objective
 
 
@@ -118,10 +118,15 @@ def gradient_noise(
     alongs, lengths = [p.along for p in at], [p.length for p in at]
     return GradientNoise(
         Q,
-        Estimate(min(alongs), max(alongs) - min(alongs), f"estimated {where}: smallest; spread"),
-        Estimate(max(lengths), max(lengths) - min(lengths), f"estimated {where}: largest; spread"),
+        _between(alongs, min(alongs), f"{where}: smallest; spread"),
+        _between(lengths, max(lengths), f"{where}: largest; spread"),
         at,
     )
+
+
+def _between(values: Sequence[float], value: float, detail: str) -> Estimate:
+    """``value`` of those at several points, with their spread."""
+    return Estimate(value, max(values) - min(values), Kind.ESTIMATED, detail)
 
 
 def _at_point(

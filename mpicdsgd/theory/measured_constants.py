@@ -10,7 +10,7 @@ from mpicdsgd.common.errors import UserError
 from mpicdsgd.graphs.mixing_cycle import covered
 from mpicdsgd.theory import formulas
 from mpicdsgd.theory.curvature import Curvature, curvature
-from mpicdsgd.theory.estimates import BOUND, Estimate, points
+from mpicdsgd.theory.estimates import Estimate, Kind, points
 from mpicdsgd.theory.gradient_noise import GradientNoise, gradient_noise
 from mpicdsgd.theory.objective import Floats, Objective
 from mpicdsgd.theory.rebuilt_run import Rebuilt
@@ -105,7 +105,8 @@ def find(run: Rebuilt, effort: Effort) -> Found:
     if any(c.kind == "network" for c in curvatures):
         most = max(len(o.samples) for o in run.objectives)
         if effort.samples < most:
-            gamma = replace(gamma, how=f"{gamma.how}; {effort.samples} of up to {most} samples")
+            thinned = f"{effort.samples} of up to {most} samples"
+            gamma = replace(gamma, detail="; ".join(filter(None, (gamma.detail, thinned))))
     noise = gradient_noise(
         run.objectives,
         points_PND,
@@ -158,8 +159,8 @@ def gradient_bound(run: Rebuilt, noise: GradientNoise | None) -> Estimate | None
     """L: from the trace, which has every step; else from the points; None where neither is."""
     if run.trace is not None:
         largest = float(np.sqrt(run.trace.gradient.max()))
-        return Estimate(largest, None, f"{BOUND}: the largest in the run's trace")
+        return Estimate(largest, None, Kind.BOUND, "the largest in the run's trace")
     if noise is None:
         return None
     largest = max(one.squared for one in noise.at) + noise.Q.value
-    return Estimate(float(np.sqrt(largest)), None, f"estimated {points(len(noise.at))}")
+    return Estimate(float(np.sqrt(largest)), None, Kind.ESTIMATED, points(len(noise.at)))

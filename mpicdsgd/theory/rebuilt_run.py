@@ -172,10 +172,8 @@ def _trace(run_dir: Path, generation: int, config: Config) -> tuple[Trace | None
         return None, "there is no trace yet"
     try:
         whole = trace.read(run_dir)
-    except UserError as error:
-        if "no step is in the trace" in str(error):
-            return None, "no step is in the trace yet"
-        raise
+    except trace.NoStepsYet:
+        return None, "no step is in the trace yet"
     begin = int(np.flatnonzero(np.diff(whole.step, prepend=-2) != 1)[-1])
     return Trace(**{name: values[begin:] for name, values in vars(whole).items()}), ""
 

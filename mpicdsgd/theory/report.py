@@ -58,7 +58,7 @@ def report(
             "alpha": None if case.alphas is None else [case.alphas[0], case.alphas[-1]],
             "trace": run.no_trace or known,
             "constants": None if case.found is None else _constants(case.found),
-            "L": None if case.L is None else asdict(case.L),
+            "L": None if case.L is None else case.L.as_json(),
             "consensus": last.get("consensus"),
             "verdicts": [{**asdict(v), "text": v.text, "factor": v.factor} for v in verdicts],
             "series": case.series,
@@ -77,11 +77,11 @@ def _constants(found: Found) -> dict[str, Any]:
         "zeta_2": noise.zeta_2,
     }
     return {
-        **{name: asdict(estimate) for name, estimate in named.items()},
+        **{name: estimate.as_json() for name, estimate in named.items()},
         "Q_V": 0.0,
         "places": found.places,
         "agents": [
-            {"kind": c.kind, "gamma": asdict(c.gamma), "H": asdict(c.H), "lowest": c.lowest}
+            {"kind": c.kind, "gamma": c.gamma.as_json(), "H": c.H.as_json(), "lowest": c.lowest}
             for c in found.curvatures
         ],
     }

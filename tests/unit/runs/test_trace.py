@@ -121,7 +121,7 @@ def test_a_restart_has_each_step_once(tmp_path: Path) -> None:
     recorder(tmp_path, 3, 10, 1).close()
     assert trace.read(tmp_path).step.tolist() == list(range(10))
     recorder(tmp_path, 4).close()
-    with pytest.raises(UserError, match="no step is in the trace"):
+    with pytest.raises(trace.NoStepsYet, match="no step is in the trace"):
         trace.read(tmp_path)
     assert newest_generation(tmp_path) == 4
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mpicdsgd.theory import estimates
-from mpicdsgd.theory.estimates import Estimate, Noise
+from mpicdsgd.theory.estimates import Estimate, Kind, Noise
 
 
 def all_squares(g_nD: np.ndarray, b: int) -> np.ndarray:
@@ -52,8 +52,11 @@ def test_agents_add_up() -> None:
 
 def test_the_rule_for_a_bound() -> None:
     one = estimates.largest([1.0, 3.0, 2.0], [0.1, 0.5, 4.0], "at 3 points")
-    assert one == Estimate(3.5, 0.5, "estimated at 3 points")
+    assert one == Estimate(3.5, 0.5, Kind.ESTIMATED, "at 3 points")
+    assert one.how == "estimated at 3 points"
     assert not one.certain
     assert Estimate(1.0).certain
-    assert Estimate(1.0, None, "bound: of the data").certain
+    assert Estimate(1.0, None, Kind.BOUND, "of the data").certain
+    assert Estimate(1.0, None, Kind.BOUND, "of the data").how == "bound: of the data"
+    assert Estimate(1.0).as_json() == {"value": 1.0, "uncertainty": None, "how": "exact"}
     assert (estimates.points(1), estimates.points(2)) == ("at 1 point", "at 2 points")
