@@ -44,6 +44,32 @@ class _Offer:
     refused: str
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What the agents have shown each other, and could import.
+
+    Attributes:
+        offers: by agent.
+        imports: what of its peers this agent has imported; goes on to the routes, or is released.
+        failures: why what other peers on this node offer could not be imported.
+        reached: by agent, whose it has imported.
+    """
+
+    offers: list[_Offer]
+    imports: dict[int, Imported]
+    failures: dict[int, str]
+    reached: list[frozenset[int]]
+
+    def why_not_direct(self, source: int, reader: int) -> str:
+        """Why the edge cannot be direct, as far as this agent knows; "" where it can."""
+        if self.offers[source].node != self.offers[reader].node:
+            return "on another node"
+        if source not in self.reached[reader] or reader not in self.reached[source]:
+            other = "the other end could not import this one's"
+            return self.failures.get(source) or self.failures.get(reader) or other
+        return ""
+
+
 def open_device_carrier(
     agents: Agents,
     gpu: Gpu,
@@ -64,36 +90,14 @@ def open_device_carrier(
         UserError: on every rank, where a forced transport cannot serve an edge.
     """
     published = _publish(agents, gpu, size, wire, transport in ("auto", "direct"))
-    offer = _Offer(agents.node, gpu.identity, published.handles, published.refused)
-    offers: list[_Offer] = agents.comm.allgather(offer)
-    imports, failures = _import(agents, gpu, offers, transport)
-    reached: list[frozenset[int]] = agents.comm.allgather(frozenset(imports))
-
-    def why_not_direct(source: int, reader: int) -> str:
-        if offers[source].node != offers[reader].node:
-            return "on another node"
-        if source not in reached[reader] or reader not in reached[source]:
-            other = "the other end could not import this one's"
-            return failures.get(source) or failures.get(reader) or other
-        return ""
-
+    found = _meet(agents, gpu, published, transport)
     everywhere = [(s, r) for r in range(agents.size) for s in agents.graph.sources[r]]
-    direct = {e for e in everywhere if transport in ("auto", "direct") and not why_not_direct(*e)}
+    forced = transport not in ("auto", "direct")
+    direct = {e for e in everywhere if not forced and not found.why_not_direct(*e)}
     rest = [e for e in everywhere if e not in direct]
-    refused = error = ""
-    if rest and transport == "direct":
-        texts = agents.comm.allgather([why_not_direct(*e) for e in rest])
-        source, reader = rest[0]
-        error = (
-            f'exchange.transport = "direct" cannot serve the edge from agent {source} to agent '
-            f'{reader}: {texts[reader][0]}; use "auto"'
-        )
-    if rest and transport in ("auto", "neighbor"):
-        refused = gpu_aware_probe.why_not(agents, gpu)
-        if refused and transport == "neighbor":
-            error = f'exchange.transport = "neighbor": {refused}; use "auto" or "staged"'
+    refused, error = _refusals(agents, gpu, found, rest, transport)
     if error:
-        release(gpu, imports)
+        release(gpu, found.imports)
         agents.comm.Barrier()  # what is freed must not be mapped anywhere
         published.free()
     with agents.agreement("exchange.transport"):
@@ -104,26 +108,20 @@ def open_device_carrier(
     me = agents.rank
     mine = tuple(s for s in agents.sources if (s, me) in direct)
     others = set(mine) | {r for r in agents.destinations if (me, r) in direct}
-    kept = {peer: imports.pop(peer) for peer in others}
-    release(gpu, imports)
-    speeds = _speeds(agents, gpu, published, kept, mine, offers, prefetch)
+    kept = {peer: found.imports.pop(peer) for peer in others}
+    release(gpu, found.imports)
+    speeds = _speeds(agents, gpu, published, kept, mine, found.offers, prefetch)
     fetched = [s for s in mine if speeds[s][0]]
     everyone = [turn.sources for turn in agents.turns]
     routes: list[Route] = [DirectRoute(gpu, published, mine, everyone, kept, fetched)]
     if rest:
-        sources = [s for s, r in rest if r == me]
-        readers = [r for s, r in rest if s == me]
-        turns = along(agents, sources, readers)
-        if by_message:
-            routes.append(MessageRoute(gpu, agents.comm, published, turns))
-        else:
-            routes.append(StagedRoute(gpu, agents.comm, published, turns, chunk_bytes))
+        routes.append(_indirect(agents, gpu, published, rest, None if by_message else chunk_bytes))
     edges = []
     for source in agents.sources:
         if source in mine:
             edges.append(Edge(source, "direct", speeds[source][1]))
         else:
-            asked = why_not_direct(source, me) if transport == "auto" else "asked for"
+            asked = found.why_not_direct(source, me) if transport == "auto" else "asked for"
             way = "neighbor" if by_message else "staged"
             edges.append(Edge(source, way, f"{asked}; {refused}" if refused else asked))
     carrier = TokenCarrier(agents, published, routes, edges)
@@ -147,6 +145,36 @@ def _publish(agents: Agents, gpu: Gpu, size: int, wire: str, shared: bool) -> De
             published.free()
         raise
     return made[0]
+
+
+def _meet(agents: Agents, gpu: Gpu, published: DevicePublished, transport: str) -> _Found:
+    """Show the others what is here, and import what they show. Collective."""
+    offer = _Offer(agents.node, gpu.identity, published.handles, published.refused)
+    offers: list[_Offer] = agents.comm.allgather(offer)
+    imports, failures = _import(agents, gpu, offers, transport)
+    return _Found(offers, imports, failures, agents.comm.allgather(frozenset(imports)))
+
+
+def _refusals(
+    agents: Agents, gpu: Gpu, found: _Found, rest: list[tuple[int, int]], transport: str
+) -> tuple[str, str]:
+    """Why MPI must not move device memory, and why ``transport`` cannot be. Collective.
+
+    Each "" where nothing speaks against it, or it was not asked for.
+    """
+    if rest and transport == "direct":
+        texts = agents.comm.allgather([found.why_not_direct(*edge) for edge in rest])
+        source, reader = rest[0]
+        return "", (
+            f'exchange.transport = "direct" cannot serve the edge from agent {source} to agent '
+            f'{reader}: {texts[reader][0]}; use "auto"'
+        )
+    refused = error = ""
+    if rest and transport in ("auto", "neighbor"):
+        refused = gpu_aware_probe.why_not(agents, gpu)
+        if refused and transport == "neighbor":
+            error = f'exchange.transport = "neighbor": {refused}; use "auto" or "staged"'
+    return refused, error
 
 
 def _import(
@@ -174,6 +202,21 @@ def _import(
                 release(gpu, {peer: Imported(memory, tuple(events))})
                 failures[peer] = f"agent {peer}'s memory cannot be imported ({error})"
     return imports, failures
+
+
+def _indirect(
+    agents: Agents,
+    gpu: Gpu,
+    published: DevicePublished,
+    edges: list[tuple[int, int]],
+    chunk_bytes: int | None,
+) -> Route:
+    """The route of edges that are not direct: by messages of device memory, or staged in chunks."""
+    me = agents.rank
+    turns = along(agents, [s for s, r in edges if r == me], [r for s, r in edges if s == me])
+    if chunk_bytes is None:
+        return MessageRoute(gpu, agents.comm, published, turns)
+    return StagedRoute(gpu, agents.comm, published, turns, chunk_bytes)
 
 
 def _speeds(
