@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,8 @@ from mpicdsgd.comm.agents import Agents
 from mpicdsgd.comm.agreement import agree, wait_for
 from mpicdsgd.data import Samples
 from mpicdsgd.models.evaluate import evaluate
+from mpicdsgd.models.losses import Loss
 from mpicdsgd.runs.agent_state import local_buffers
-
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 NO_ACCURACY = float("nan")  # where targets are no class labels; null in the metrics file
 
@@ -110,6 +109,11 @@ def measure(
     table = np.empty((agents.size, len(row)))
     request = agents.comm.Iallgather(np.array(row, dtype=np.float64), table)
     wait_for(request, agents.timeout_s, f"rank {agents.rank} in an evaluation")
+    return _line(table, has_centre=centre_D is not None)
+
+
+def _line(table: NDArray[np.float64], has_centre: bool) -> dict[str, Any]:
+    """What `measure` returns, of every agent's row: shape (N, 11)."""
     squared = table[:, 4]
     return {
         "train_loss": spread(table[:, 0]),
@@ -117,7 +121,7 @@ def measure(
         "test_loss": spread(table[:, 2]),
         "test_accuracy": spread(table[:, 3]),
         "averaged_model": _of_parts(table[:, 5:8]),
-        **({} if centre_D is None else {"centre": _of_parts(table[:, 8:11])}),
+        **({"centre": _of_parts(table[:, 8:11])} if has_centre else {}),
         "consensus": {
             "max": float(np.sqrt(squared.max())),
             "rms": float(np.sqrt(squared.mean())),

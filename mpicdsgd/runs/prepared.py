@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from mpicdsgd.comm.agents import Agents
 from mpicdsgd.data import Shuffler
 from mpicdsgd.data.loading import Data
 from mpicdsgd.graphs.mixing_matrix import MixingMatrix
+from mpicdsgd.models.losses import Loss
 from mpicdsgd.runs import owner
 from mpicdsgd.runs.config import Config
 from mpicdsgd.runs.epochs import Course
@@ -61,7 +61,7 @@ class Start:
     data: Data
     shuffler: Shuffler
     model: torch.nn.Module
-    loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    loss_fn: Loss
     dir: Path
     course: Course
     periods: Periods

@@ -9,9 +9,6 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from mpicdsgd.algorithms.config import descends
-from mpicdsgd.algorithms.contract import Circumstances
-from mpicdsgd.algorithms.factory import make_optimizer
 from mpicdsgd.algorithms.server.server import Server
 from mpicdsgd.algorithms.torch_schedulers import make_scheduler
 from mpicdsgd.checkpoints.background_writer import Background
@@ -21,10 +18,10 @@ from mpicdsgd.comm.exchange.errors import AgentFault
 from mpicdsgd.common.errors import UserError
 from mpicdsgd.data.prefetch import to_device
 from mpicdsgd.models.evaluate import evaluate
-from mpicdsgd.runs import metrics_file
 from mpicdsgd.runs.config import Config
 from mpicdsgd.runs.evaluation import RunningMeans, accuracy, measure, ratio
 from mpicdsgd.runs.minibatch import minibatch_step
+from mpicdsgd.runs.opening import open_metrics, open_optimizer, open_trace
 from mpicdsgd.runs.prepared import Inherited
 from mpicdsgd.runs.progress import Progress
 from mpicdsgd.runs.requeue_marker import Marker
@@ -32,7 +29,6 @@ from mpicdsgd.runs.run_state import Standing
 from mpicdsgd.runs.start import prepare
 from mpicdsgd.runs.stop import Stop
 from mpicdsgd.runs.summary import evaluation, reached
-from mpicdsgd.runs.trace import Recorder
 
 log = logging.getLogger("mpicdsgd")
 
@@ -64,7 +60,7 @@ class Run:
         self.config, self.agents = config, start.agents
         self.data, self.shuffler, self.model = start.data, start.shuffler, start.model
         self.loss_fn, self._dir = start.loss_fn, start.dir
-        agents, snapshot, per_epoch = start.agents, start.snapshot, start.course.per_epoch
+        agents, snapshot = start.agents, start.snapshot
         self.course = start.course
         self._deferred = agents.gpu is not None  # the host runs ahead, and waits for no loss
         self._periods = start.periods
@@ -77,23 +73,7 @@ class Run:
             self._dir, agents.generation, start.owner, saved, config.run.resume != "never"
         )
         self._stop = Stop(agents, config.run, server, start.owner, self._marker)
-        buffers = [b for b in self.model.buffers() if b.dtype == torch.float32]
-        with agents.agreement("optimizer"):
-            self.optimizer = make_optimizer(
-                config.optim,
-                self.model.parameters(),
-                agents,
-                config.exchange,
-                Circumstances(
-                    per_epoch,
-                    np.array([self.data.shares[agents.rank]]),
-                    config.run.seed,
-                    agents.size,
-                    self.course.shift,
-                ),
-                server,
-                buffers if config.model.buffers == "mixed" else (),
-            )
+        self.optimizer = open_optimizer(start, server)
         self.total_steps = self.course.total_steps
         with agents.agreement("schedule"):
             self.scheduler = make_scheduler(
@@ -113,28 +93,11 @@ class Run:
             saved,
             agents.local_size,
         )
-        first = agents.rank == 0
-        with agents.agreement("metrics file"):
-            self._metrics = metrics_file.Metrics(
-                self._dir,
-                agents.generation,
-                snapshot.step if snapshot else None,
-                first,
-                tensorboard=config.run.tensorboard,
-                resume_generation=snapshot.generation if snapshot else None,
-            )
-        self._trace: Recorder | None = None
+        self._metrics = open_metrics(start)
         if config.run.theory:
             self.optimizer.measure()
-            with agents.agreement("trace file"):
-                self._trace = Recorder(
-                    agents.comm,
-                    self._dir,
-                    agents.generation,
-                    snapshot.step if snapshot else None,
-                    snapshot.generation if snapshot else None,
-                    knows_moved=descends(config.optim),
-                )
+        self._trace = open_trace(start) if config.run.theory else None
+        first = agents.rank == 0
         self._progress = Progress(self.total_steps, first, done=self.optimizer.steps)
 
     def train(self) -> dict[str, Any] | None:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from mpicdsgd.common.errors import UserError
 from mpicdsgd.data.samples import Indices, Samples
+from mpicdsgd.models.losses import Loss
 
 Floats = npt.NDArray[np.float64]
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
