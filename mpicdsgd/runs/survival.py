@@ -57,6 +57,21 @@ class _Death:
     since: float
 
 
+@dataclass
+class _Mine:
+    """What this agent has.
+
+    Attributes:
+        run: this start, once it is made.
+        part: of the start before, until this one has it.
+        saved: step of the newest checkpoint known to be on the disk.
+    """
+
+    run: Run | None = None
+    part: Snapshot | None = None
+    saved: int | None = None
+
+
 def why_not(library: str, environment: Mapping[str, str], thread_level: int) -> str:
     """Why ranks of this job cannot outlive each other, and what to do; "" where they can.
 
@@ -99,48 +114,27 @@ def train(config: Config, comm: MPI.Intracomm) -> tuple[int, dict[str, Any] | No
         if why := why_not(MPI.Get_library_version(), os.environ, MPI.Query_thread()):
             raise UserError(f'agents.on_death = "continue": {why}')
     family = Family(comm)
-    graph: Graph | None = None
     death: _Death | None = None
-    part: Snapshot | None = None
-    saved: int | None = None
+    mine = _Mine()
     while True:
         shutdown.leave_by(family.base)
-        run: Run | None = None
-        last: dict[str, Any] | None = None
-        at = At.ERROR
-        error: Exception | None = None
-        try:
-            inherited: Inherited | None = None
-            if death is not None:
-                inherited = Inherited(death.mixing, *_together(family.base, part, saved))
-            run = Run(config, family.base, inherited=inherited)
-            part = inherited = None  # the run has it
-            if death is not None and run.agents.rank == 0:
-                _tell(death, run)
-            last = run.train()
-            at = At.FINISHED
-        except UserError as mistake:
-            if not mistake.raised_on_all_ranks:
-                raise
-            at, error = At.MISTAKE, mistake
-        except (MPI.Exception, Broken) as problem:
-            error = problem
+        mine.run = None
+        at, last, error = _attempt(config, family, death, mine)
         since = time.monotonic()
         if at == At.ERROR:
             family.revoke()
         # Of Broken all have agreed already.
         agreed = At.ERROR if isinstance(error, Broken) else family.agree(at)
         if agreed == At.FINISHED:
-            assert run is not None
-            return run.code, last
+            assert mine.run is not None
+            return mine.run.code, last
         if agreed == At.MISTAKE:
             assert error is not None
             if death is not None and family.base.rank == 0:  # the start of before has left it
                 with contextlib.suppress(UserError):
                     remove_marker(Path(config.run.dir))
             raise error
-        saved = saved if run is None else run.saved_step
-        part = _give_up(family, run, part)
+        _give_up(family, mine)
         before = family.base.size
         family, dead = family.shrink()
         if not dead:
@@ -150,22 +144,53 @@ def train(config: Config, comm: MPI.Intracomm) -> tuple[int, dict[str, Any] | No
         shutdown.set_first(family.base.rank == 0)
         if family.base.rank == 0:
             log.setLevel(logging.INFO)
-        graph, added = remaining_graph(
-            graph or graph_from_spec(config.agents.topology, before),
-            [rank for rank in range(before) if rank not in dead],
-        )
-        mixing, why = remaining_mixing(config.agents.mixing, graph)
-        graph = mixing.graph
-        death = _Death(dead, mixing, added, why, since)
+        graph = death.mixing.graph if death else graph_from_spec(config.agents.topology, before)
+        death = _bury(config, graph, dead, since)
 
 
-def _give_up(family: Family, run: Run | None, part: Snapshot | None) -> Snapshot | None:
-    """Leave ``run`` and all that goes on in it; what this agent has of it, or had before. Local."""
+def _attempt(
+    config: Config, family: Family, death: _Death | None, mine: _Mine
+) -> tuple[At, dict[str, Any] | None, Exception | None]:
+    """One start of the run, after ``death`` if there was one. Collective.
+
+    Returns:
+        What it came to, the last line of metrics, and the error. That stands in no variable here:
+        its traceback has this frame, and with it the run's memory would last.
+    """
+    try:
+        inherited: Inherited | None = None
+        if death is not None:
+            inherited = Inherited(death.mixing, *_together(family.base, mine.part, mine.saved))
+        mine.run = Run(config, family.base, inherited=inherited)
+        mine.part = inherited = None  # the run has it
+        if death is not None and mine.run.agents.rank == 0:
+            _tell(death, mine.run)
+        return At.FINISHED, mine.run.train(), None
+    except UserError as mistake:
+        if not mistake.raised_on_all_ranks:
+            raise
+        return At.MISTAKE, None, mistake
+    except (MPI.Exception, Broken) as problem:
+        return At.ERROR, None, problem
+
+
+def _give_up(family: Family, mine: _Mine) -> None:
+    """Leave the run and all that goes on in it, but for what this agent has of it. Local."""
     family.revoke()
     for resource in shutdown.watched():
         if isinstance(resource, Exchange):
             resource.abandon()
-    return part if run is None else run.abandon()
+    if mine.run is not None:
+        mine.saved = mine.run.saved_step
+        mine.part = mine.run.abandon()
+
+
+def _bury(config: Config, graph: Graph, dead: list[int], since: float) -> _Death:
+    """What comes of the death of some of the graph's agents. Local, and the same on all others."""
+    living = [rank for rank in range(graph.n) if rank not in dead]
+    remaining, added = remaining_graph(graph, living)
+    mixing, why = remaining_mixing(config.agents.mixing, remaining)
+    return _Death(dead, mixing, added, why, since)
 
 
 def _require_more_than_half(family: Family, before: int, dead: list[int]) -> None:

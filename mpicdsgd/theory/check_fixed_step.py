@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
 from mpicdsgd.graphs.mixing_matrix import EXACT
 from mpicdsgd.theory import bounds, formulas, minimise
@@ -21,6 +22,8 @@ from mpicdsgd.theory.case import (
     uncertain,
 )
 from mpicdsgd.theory.estimates import Kind
+from mpicdsgd.theory.measured_constants import Found
+from mpicdsgd.theory.objective import Floats
 from mpicdsgd.theory.verdicts import (
     CORRECTED,
     PRINTED,
@@ -112,19 +115,7 @@ def theorem_1(case: Case) -> Verdicts:
     assert case.alphas is not None
     if trace is None:
         return _neither(name, case.run.no_trace)
-    if not found.H_m.value > 0:
-        return _neither(
-            name,
-            "H_m = 0: the objectives are not known to be strongly convex"
-            + ("" if found.lowest is not None else "; with optim.weight_decay they are"),
-        )
-    if case.rounds > 1:
-        return _neither(name, "the trace's disagreement is of Pi, the theorem's of its power")
-    if np.isnan(case.penalty).any():
-        return _neither(
-            name, "the trace has no penalty of the weight decay: an older version made it"
-        )
-    if why := case.too_large():
+    if why := _why_no_excess(case, found):
         return _neither(name, why)
     alpha, objectives = float(case.alphas[0]), case.run.objectives
     descent = formulas.descent(alpha, found.constants, case.spectrum)
@@ -156,19 +147,22 @@ def theorem_1(case: Case) -> Verdicts:
         "step": steps.tolist(), "measured": excess.tolist(), "printed": printed.tolist(),
         "corrected": corrected.tolist(),
     }  # fmt: skip
-    detail = assuming(*details)
-    made = []
-    for (version, needs), b in zip(_NEEDS, (printed, corrected), strict=True):
-        if descent.admitted not in needs:
-            made.append(_not_admitted(name, version, alpha, needs))
-        else:
-            made.append(
-                compare(
-                    name, version, steps[later], excess[later], b[later],
-                    resolution=resolution[later], detail=detail,
-                )
-            )  # fmt: skip
-    return made
+    return _as_admitted(
+        name, descent.admitted, alpha, steps[later], excess[later],
+        (printed[later], corrected[later]), resolution[later], assuming(*details),
+    )  # fmt: skip
+
+
+def _why_no_excess(case: Case, found: Found) -> str:
+    """Why V(x_k) - V* is not known to fall, or cannot be measured; "" where it can."""
+    if not found.H_m.value > 0:
+        why = "H_m = 0: the objectives are not known to be strongly convex"
+        return why if found.lowest is not None else f"{why}; with optim.weight_decay they are"
+    if case.rounds > 1:
+        return "the trace's disagreement is of Pi, the theorem's of its power"
+    if np.isnan(case.penalty).any():
+        return "the trace has no penalty of the weight decay: an older version made it"
+    return case.too_large()
 
 
 def theorem_2(case: Case) -> Verdicts:
@@ -219,22 +213,36 @@ def theorem_2(case: Case) -> Verdicts:
         "step": trace.step.tolist(), "measured": (sums / np.arange(1, len(sums) + 1)).tolist(),
         "corrected": (limit / np.arange(1, len(sums) + 1)).tolist(),
     }  # fmt: skip
-    made = []
-    for version, needs in _NEEDS:
-        if descent.admitted not in needs:
-            made.append(_not_admitted(name, version, alpha, needs))
-        else:
-            made.append(
-                compare(
-                    name, version, trace.step, sums, limit,
-                    resolution=FLOAT32 * np.abs(limit), detail=assuming(*details),
-                )
-            )  # fmt: skip
-    return made
+    return _as_admitted(
+        name, descent.admitted, alpha, trace.step, sums, (limit, limit),
+        FLOAT32 * np.abs(limit), assuming(*details),
+    )  # fmt: skip
 
 
 def _not_admitted(name: str, version: str, alpha: float, needs: tuple[str, ...]) -> Verdict:
     return not_applicable(name, version, f"alpha = {alpha:g} does not meet {needs[-1]}")
+
+
+def _as_admitted(
+    name: str,
+    admitted: str,
+    alpha: float,
+    steps: npt.NDArray[np.int64],
+    measured: Floats,
+    limits: tuple[Floats, Floats],
+    resolution: Floats,
+    detail: str,
+) -> Verdicts:
+    """Printed and corrected bound, each where ``alpha`` meets a condition that it needs."""
+    made = []
+    for (version, needs), limit in zip(_NEEDS, limits, strict=True):
+        if admitted in needs:
+            made.append(
+                compare(name, version, steps, measured, limit, resolution=resolution, detail=detail)
+            )
+        else:
+            made.append(_not_admitted(name, version, alpha, needs))
+    return made
 
 
 def _neither(name: str, why: str) -> Verdicts:

@@ -84,19 +84,7 @@ def rebuild(run_dir: Path, overrides: Sequence[str] = ()) -> Rebuilt:
             trace, data or model cannot be read, or are not the run's.
     """
     generation, path = _newest_config(Path(run_dir))
-    for text in overrides:
-        section = text.partition(".")[0].strip()
-        if section in _FIXED:
-            raise UserError(
-                f"{text}: what the run did cannot be changed; only what has moved since: "
-                "data.path, data.args, or a file of agents.topology and agents.mixing"
-            )
-    config = load_config(path, overrides)
-    if not mixes_by_matrix(config.optim):
-        raise UserError(
-            f'optim.name = "{config.optim.name}" mixes by no matrix, which all of the theory is '
-            "about: it speaks of runs with cdsgd"
-        )
+    config = _config(path, overrides)
     lines = _metrics(Path(run_dir), generation)
     found = [(p, m) for p, m in intact(Path(run_dir)) if is_of(p, generation, config)]
     n = _agents(lines, found)
@@ -157,6 +145,23 @@ def _newest_config(run_dir: Path) -> tuple[int, Path]:
             "give the folder of a run (run.dir)"
         )
     return max(found), found[max(found)]
+
+
+def _config(path: Path, overrides: Sequence[str]) -> Config:
+    for text in overrides:
+        section = text.partition(".")[0].strip()
+        if section in _FIXED:
+            raise UserError(
+                f"{text}: what the run did cannot be changed; only what has moved since: "
+                "data.path, data.args, or a file of agents.topology and agents.mixing"
+            )
+    config = load_config(path, overrides)
+    if not mixes_by_matrix(config.optim):
+        raise UserError(
+            f'optim.name = "{config.optim.name}" mixes by no matrix, which all of the theory is '
+            "about: it speaks of runs with cdsgd"
+        )
+    return config
 
 
 def _metrics(run_dir: Path, generation: int) -> list[dict[str, Any]]:
