@@ -63,7 +63,7 @@ class Cluster:
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(_OUTER)}
         self.environment.update(
             SLURM_CONF=str(folder / "slurm.conf"),
-            PYTHONPATH=os.pathsep.join([str(ROOT), str(HERE)]),
+            PYTHONPATH=os.pathsep.join([str(ROOT), str(HERE.parent), str(HERE)]),
             OMP_NUM_THREADS="1",
             PYTHONUNBUFFERED="1",
             PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
