@@ -18,22 +18,25 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from mpi4py import MPI
 from numpy.typing import NDArray
 
 from mpicdsgd.checkpoints import snapshot as state
 from mpicdsgd.checkpoints.manifest import FileEntry, Manifest, Place, looks_intact, place_of
 from mpicdsgd.checkpoints.rank_file import About, Layout
-from mpicdsgd.checkpoints.snapshot import Keep, Snapshot
+from mpicdsgd.checkpoints.snapshot import Keep, Problem, Snapshot
 from mpicdsgd.checkpoints.writer_process import WriterProcess
 from mpicdsgd.common.files import sync_folder
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 log = logging.getLogger("mpicdsgd")
 
 _RECORD_BYTES = 512  # of an agent's outcome: size and checksum, or what went wrong
+_FAILED = "!"  # begins the outcome of a rank that could not write, before errno and the reason
 _PAUSE_S = 0.0005
 _PATIENCE_S = 60.0  # after this the log says what the run is waiting for
 
@@ -62,7 +65,8 @@ class Background:
     """Writes the checkpoints of one generation. Making it and `close` are collective.
 
     Args:
-        run_dir, generation: see `checkpoints.reading.write`.
+        run_dir: the run's folder; every rank must see it.
+        generation: which rank 0 has claimed, see `runs.owner.claim`.
         comm: the agents; duplicated.
         keep: which checkpoints are kept.
         step: of the newest checkpoint that there is already.
@@ -121,7 +125,7 @@ class Background:
         except OSError as error:  # no memory for a copy
             self._in_place(f"no copy of the state could be made ({error.strerror})")
         entries, problem = state.write_own(place, about, snapshot.arrays, arrays)
-        self._tell({"problem": problem} if problem else {"entries": [vars(e) for e in entries]})
+        self._tell(problem or entries)
 
     def progress(self) -> None:
         """Go on with what is under way, without waiting. Local; call it at every step."""
@@ -138,7 +142,7 @@ class Background:
             assert self._process is not None
             answer = self._process.answer()
             if answer is not None:
-                self._tell(answer)
+                self._tell(_problem(answer) or [FileEntry(**entry) for entry in answer["entries"]])
             return
         # On every rank: what others have told may have to pass through this one.
         gathered = bool(job.request.Test())
@@ -149,7 +153,7 @@ class Background:
                 assert self._process is not None
                 answer = self._process.answer()
                 if answer is not None:
-                    self._committed(job, answer["problem"])
+                    self._committed(job, _problem(answer))
 
     def finish(self) -> None:
         """Wait until what is under way is done; then `step` is the same on all ranks. Collective.
@@ -236,16 +240,16 @@ class Background:
             self._process.close()
             self._process = None
 
-    def _tell(self, answer: dict[str, Any]) -> None:
+    def _tell(self, outcome: Problem | list[FileEntry]) -> None:
         """Tell rank 0 what has become of this rank's file."""
         job = self._job
         assert job is not None
-        if "entries" in answer:
-            own, *index = (FileEntry(**entry) for entry in answer["entries"])
+        if isinstance(outcome, Problem):
+            text = f"{_FAILED}{outcome.errno} {outcome.text}"
+        else:
+            own, *index = outcome
             job.index = index[0] if index else None
             text = f"{own.size_bytes} {own.xxh128}"
-        else:
-            text = f"!{answer['problem']}"
         data = text.encode()[:_RECORD_BYTES]
         job.own[: len(data)] = np.frombuffer(data, np.uint8)
         if self._comm.rank == 0:
@@ -257,7 +261,11 @@ class Background:
         assert job.all is not None
         job.committing = True
         texts = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in job.all]
-        problems = [f"rank {k}: {text[1:]}" for k, text in enumerate(texts) if text[:1] == "!"]
+        problems = []
+        for rank, text in enumerate(texts):
+            if text.startswith(_FAILED):
+                number, _, why = text.removeprefix(_FAILED).partition(" ")
+                problems.append(Problem(f"rank {rank}: {why}", int(number)))
         if problems:
             self._outcome(job, problems, "")
             return
@@ -281,16 +289,16 @@ class Background:
         else:
             self._process.commit(self._run_dir, manifest)
 
-    def _committed(self, job: _UnderWay, problem: str) -> None:
+    def _committed(self, job: _UnderWay, problem: Problem | None) -> None:
         """Rank 0, when the manifest is there, or cannot be."""
         place, last = job.place, self._keep.last
         if problem and looks_intact(place):  # the process ended after the manifest
             with contextlib.suppress(OSError):
                 sync_folder(place.folder)
-            remark = f"the checkpoint of step {place.step} is written, but {problem}"
+            remark = f"the checkpoint of step {place.step} is written, but {problem.text}"
             self._outcome(job, [], remark)
         elif problem:
-            self._outcome(job, [f"rank 0: {problem}"], "")
+            self._outcome(job, [problem._replace(text=f"rank 0: {problem.text}")], "")
         elif self._process is None:
             self._outcome(job, [], state.prune(place, last))
         else:
@@ -305,7 +313,7 @@ class Background:
         if answer["remark"]:
             log.warning("%s", answer["remark"])
 
-    def _outcome(self, job: _UnderWay, problems: list[str], remark: str) -> None:
+    def _outcome(self, job: _UnderWay, problems: list[Problem], remark: str) -> None:
         if problems:
             state.discard(job.place, 0)  # the manifest goes before any other rank's file does
             kept = f"that of step {self.step} is kept" if self.step is not None else "there is none"
@@ -315,3 +323,9 @@ class Background:
             self.seconds = max(self.seconds, time.monotonic() - self._since)
             state.say(job.about.step, [], remark)
         job.written = not problems
+
+
+def _problem(answer: dict[str, Any]) -> Problem | None:
+    """What went wrong, in the words of a `WriterProcess`."""
+    text = answer.get("problem")
+    return Problem(text, answer.get("errno", 0)) if text else None

@@ -1,95 +1,35 @@
-"""Checkpoints: the state of all agents at a step, written and read so that damage is found.
+"""The newest checkpoint that is whole, read by all agents together.
 
-Two promises. A process writes only files of its own generation and the manifest comes last, so at
-every moment, whoever is killed, the checkpoint before is whole. And nothing is read that is not,
-bit by bit, what was written: sizes and checksums are verified before HDF5 opens a file, because
-HDF5 reads a damaged one without a word. Names and checks stand in ``manifest.py``, HDF5 in
-``rankfile.py``, a look without MPI in ``inspection.py``.
+Nothing is read that is not, bit by bit, what was written: sizes and checksums are verified before
+HDF5 opens a file, because HDF5 reads a damaged one without a word. Names and checks stand in
+``manifest.py``, HDF5 in ``rank_file.py``, a look without MPI in ``inspect.py``.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpicdsgd.checkpoints import rank_file
 from mpicdsgd.checkpoints.elastic import Arrays, mixed
-from mpicdsgd.checkpoints.inspect import inspect
 from mpicdsgd.checkpoints.manifest import (
     Damaged,
     Manifest,
     Place,
     check_file,
-    place_of,
     places,
     read_manifest,
 )
-from mpicdsgd.checkpoints.snapshot import (
-    Keep,
-    Snapshot,
-    alike,
-    commit,
-    describe,
-    discard,
-    prune,
-    say,
-    write_own,
-)
+from mpicdsgd.checkpoints.snapshot import Snapshot
 from mpicdsgd.common.errors import UserError
 from mpicdsgd.common.files import reason
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["Keep", "Snapshot", "inspect", "read_newest", "write"]
-
 log = logging.getLogger("mpicdsgd")
-
-
-def write(
-    run_dir: Path, generation: int, snapshot: Snapshot, comm: MPI.Intracomm, keep: Keep
-) -> Path | None:
-    """Write a checkpoint and drop what ``keep`` does not name. Collective over ``comm``.
-
-    All ranks give the same step and the same generation, claimed by rank 0 with
-    `runs.owner.claim`. A step that this generation has written already is not written again.
-    `checkpoints.background_writer.Background` does the same while training goes on.
-
-    Returns:
-        The checkpoint's folder; None, on every rank, if a rank could not write (disk full, no
-        permission): logged once, the attempt removed, the checkpoint before it kept.
-    """
-    place = place_of(Path(run_dir), generation, snapshot.step)
-    about = describe(snapshot, generation, comm.rank, comm.size)
-    if comm.bcast(os.path.lexists(place.manifest) if comm.rank == 0 else None):
-        return place.folder
-    layouts = comm.gather(about.arrays)
-    arrays = None if layouts is None else alike(layouts)
-    own = write_own(place, about, snapshot.arrays, arrays)
-    gathered = comm.gather(own)
-    problems: list[str] = []
-    remark = ""
-    if gathered is not None and arrays is not None:
-        problems = [f"rank {k}: {p}" for k, (_, p) in enumerate(gathered) if p]
-        if not problems:
-            files = (*(entries[0] for entries, _ in gathered), own[0][1])
-            stays = keep.stays(place.step)
-            manifest = Manifest(
-                place.step, generation, comm.size, files, arrays, snapshot.shared, stays
-            )
-            problem = commit(place, manifest)
-            problems = [f"rank 0: {problem}"] if problem else []
-            remark = "" if problem else prune(place, keep.last)
-    problems = comm.bcast(problems)
-    if comm.rank == 0:
-        say(snapshot.step, problems, remark)
-    if problems:
-        discard(place, comm.rank)
-        return None
-    return place.folder
 
 
 def read_newest(

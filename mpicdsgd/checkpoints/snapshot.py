@@ -9,10 +9,9 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
@@ -64,6 +63,23 @@ class Keep:
         return self.every > 0 and (step + self.shift) % self.every == 0
 
 
+class Problem(NamedTuple):
+    """Why a checkpoint is not written.
+
+    Attributes:
+        text: in words.
+        errno: of the system, 0 where it has said nothing.
+    """
+
+    text: str
+    errno: int = 0
+
+    @classmethod
+    def of(cls, error: Exception) -> Problem:
+        """What ``error`` says."""
+        return cls(reason(error), (error.errno or 0) if isinstance(error, OSError) else 0)
+
+
 def describe(snapshot: Snapshot, generation: int, rank: int, size: int) -> About:
     """What the rank's file is to say of itself. Local.
 
@@ -81,7 +97,7 @@ def alike(layouts: list[Layout]) -> Layout:
 
 def write_own(
     place: Place, about: About, arrays: Arrays, index: Layout | None = None
-) -> tuple[list[FileEntry], str]:
+) -> tuple[list[FileEntry], Problem | None]:
     """This rank's file, or what is wrong. Local; raises nothing.
 
     Rank 0 gives what the index is of (see `alike`), and writes that file at the same time.
@@ -91,9 +107,9 @@ def write_own(
         with ThreadPoolExecutor(1) as pool:  # the disk can do both
             beside = None if index is None else pool.submit(_index, place, about.agents, index)
             entries = [rank_file.write_rank(place, about, arrays)]
-            return [*entries, beside.result()] if beside else entries, ""
+            return [*entries, beside.result()] if beside else entries, None
     except Exception as error:  # whatever it is, the other ranks are waiting
-        return [], reason(error)
+        return [], Problem.of(error)
 
 
 def _index(place: Place, agents: int, arrays: Layout) -> FileEntry:
@@ -102,21 +118,21 @@ def _index(place: Place, agents: int, arrays: Layout) -> FileEntry:
     return rank_file.write_index(place, agents, arrays)
 
 
-def commit(place: Place, manifest: Manifest) -> str:
+def commit(place: Place, manifest: Manifest) -> Problem | None:
     """Rank 0, once all files are there: the manifest. Local; raises nothing.
 
     The names of the files that it lists need not be on the disk before its own is: where they are
     not after a crash the checkpoint is found damaged, and the one before it is removed later.
 
     Returns:
-        A problem, "" if the checkpoint is there now.
+        A problem, None if the checkpoint is there now.
     """
     try:
         write_manifest(place, manifest)
     except Exception as error:
         discard(place, 0)  # the manifest goes before any rank's file does
-        return reason(error)
-    return ""
+        return Problem.of(error)
+    return None
 
 
 def prune(place: Place, last: int) -> str:
@@ -132,19 +148,17 @@ def prune(place: Place, last: int) -> str:
         return f"old checkpoints in {run_dir} cannot be removed: {reason(error)}"
 
 
-def say(
-    step: int, problems: list[str], remark: str, kept: str = "the one before it is kept"
-) -> None:
+def say(step: int, problems: list[Problem], remark: str, kept: str = "") -> None:
     """Log what became of a checkpoint, if that is worth a word. One rank.
 
     ``kept``: what there still is where it was not written.
     """
     if problems:
-        full = any(os.strerror(number) in problems[0] for number in (errno.ENOSPC, errno.EDQUOT))
+        full = problems[0].errno in (errno.ENOSPC, errno.EDQUOT)
         log.error(
             "the checkpoint of step %d was not written (%s%s): %s%s",
             step,
-            problems[0],
+            problems[0].text,
             f", and {len(problems) - 1} more" if len(problems) > 1 else "",
             kept,
             "; make room, or with a lower run.keep the next start needs less" if full else "",

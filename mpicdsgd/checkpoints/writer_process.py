@@ -119,7 +119,8 @@ class WriterProcess:
     def answer(self, timeout_s: float | None = 0.0) -> Job | None:
         """What became of the job; None where it is not done within ``timeout_s`` (None: for ever).
 
-        Of a write {"entries": [...]}, of a removal {"remark": text}; or {"problem": text}.
+        Of a write {"entries": [...]}, of a commit {"problem": ""}, of a removal {"remark": text};
+        or {"problem": text}, with "errno" where the system has said one.
         """
         while b"\n" not in self._said:
             poll = select.poll()  # not select(), which knows no descriptor above 1023
@@ -189,7 +190,7 @@ def _array(memory: mmap.mmap, offset: int, spec: dict[str, Any]) -> NDArray[Any]
     return np.frombuffer(memory, dtype, count, offset).reshape(shape)
 
 
-class _Memory:
+class Memory:
     """The rank's memory, mapped as long as it does not grow: to map it anew costs as much as a
     quarter of the write."""
 
@@ -204,27 +205,40 @@ class _Memory:
         return {n: _array(self._map, where[n], spec) for n, spec in about.arrays.items()}
 
 
-def _write(memory: _Memory, job: Job) -> Job:
+def _answer(problem: snapshot.Problem) -> Job:
+    return {"problem": problem.text, "errno": problem.errno}
+
+
+def _write(memory: Memory, job: Job) -> Job:
     about = About(**job["about"])
     place = place_of(Path(job["run_dir"]), about.generation, about.step)
     arrays = memory.arrays(about, job["where"])
     entries, problem = snapshot.write_own(place, about, arrays, job["index"])
-    return {"problem": problem} if problem else {"entries": [vars(entry) for entry in entries]}
+    return _answer(problem) if problem else {"entries": [vars(entry) for entry in entries]}
 
 
-def _commit(memory: _Memory, job: Job) -> Job:
+def _commit(memory: Memory, job: Job) -> Job:
     body = job["manifest"]
     manifest = Manifest(**{**body, "files": tuple(FileEntry(**entry) for entry in body["files"])})
     place = place_of(Path(job["run_dir"]), manifest.generation, manifest.step)
-    return {"problem": snapshot.commit(place, manifest)}
+    problem = snapshot.commit(place, manifest)
+    return _answer(problem) if problem else {"problem": ""}
 
 
-def _prune(memory: _Memory, job: Job) -> Job:
+def _prune(memory: Memory, job: Job) -> Job:
     place = place_of(Path(job["run_dir"]), job["generation"], job["step"])
     return {"remark": snapshot.prune(place, job["last"])}
 
 
 _JOBS = {"write": _write, "commit": _commit, "prune": _prune}
+
+
+def do(memory: Memory, job: Job) -> Job:
+    """The answer to a job, of whatever kind."""
+    try:
+        return _JOBS[job["do"]](memory, job)
+    except Exception as error:  # the rank waits for an answer
+        return {"problem": f"{type(error).__name__}: {error}"}
 
 
 def main(memory: int) -> int:
@@ -233,15 +247,12 @@ def main(memory: int) -> int:
         signal.signal(one, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints is no answer
-    mapped = _Memory(memory)
+    mapped = Memory(memory)
     for line in sys.stdin.buffer:
         job = json.loads(line)
         if job["do"] == "end":
             break
-        try:
-            answer = _JOBS[job["do"]](mapped, job)
-        except Exception as error:  # the rank waits for an answer
-            answer = {"problem": f"{type(error).__name__}: {error}"}
+        answer = do(mapped, job)
         with contextlib.suppress(BrokenPipeError):
             answers.write(json.dumps(answer).encode() + b"\n")
             answers.flush()

@@ -185,7 +185,7 @@ def test_what_needs_no_mpi_does_not_start_it() -> None:
     """Graphs, plots, inspect, data and models: also used by spawned workers and on login nodes."""
     names = ["graphs.graph_plot", "runs.plot", "checkpoints.inspect", "data", "models.build"]
     names += ["runs.metrics_file", "cli.parser", "kernels.arena", "cli.graph_report"]
-    names += ["cli.graph_suggest", "cli.graph_table"]
+    names += ["cli.graph_suggest", "cli.graph_table", "checkpoints.background_writer"]
     code = "import " + ", ".join(f"mpicdsgd.{name}" for name in names)
     assert loaded_after(code, ("mpi4py.MPI",)) == []
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from mpicdsgd.checkpoints import reading
+from mpicdsgd.checkpoints import background_writer, reading
+from mpicdsgd.checkpoints.background_writer import Background
 from mpicdsgd.checkpoints.snapshot import Keep, Snapshot
 from mpicdsgd.common.errors import UserError
 from mpicdsgd.runs import owner
@@ -31,11 +32,15 @@ def snapshot(step: int, rank: int) -> Snapshot:
     return Snapshot(step, arrays, {"rank": rank}, {"model": "m"})
 
 
-def write(run: Path, comm: MPI.Intracomm, generation: int, *steps: int) -> list[Path | None]:
-    """Write checkpoints, and wait for rank 0, which prunes when the others have gone on."""
-    result = [
-        reading.write(run, generation, snapshot(step, comm.rank), comm, Keep(3)) for step in steps
-    ]
+def write(run: Path, comm: MPI.Intracomm, generation: int, *steps: int) -> list[bool]:
+    """Write checkpoints, wait till rank 0 has removed what is not kept; which are there."""
+    writer = Background(run, generation, comm, Keep(3))
+    result = []
+    for step in steps:
+        writer.save(snapshot(step, comm.rank))
+        writer.finish()
+        result.append(writer.step == step)
+    writer.close()
     comm.barrier()
     return result
 
@@ -130,10 +135,14 @@ def test_a_rank_that_cannot_write_is_everybodys(
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
+    def refuse(on_node: int) -> None:
+        raise OSError(11, "Resource temporarily unavailable")
+
     with monkeypatch.context() as patch:
-        if comm.rank == last:
+        if comm.rank == last:  # which writes by itself, so that it can be told of a full disk
+            patch.setattr(background_writer, "WriterProcess", refuse)
             patch.setattr(os, "fsync", full)
-        assert write(run, comm, 1, 20) == [None]
+        assert write(run, comm, 1, 20) == [False]
     assert os.listdir(run / "checkpoints") == ["step-00000010"]
     assert read(run, comm) == 10
 

@@ -1,6 +1,7 @@
 """Checkpoints: written, read, kept, pruned; a write that fails or is killed costs nothing.
 
-Agents are threads here; ``tests/mpi/test_checkpoint.py`` does it over MPI.
+By the protocol that runs use, with agents that are threads, and write in them;
+``tests/mpi/checkpoints`` does it over MPI and with the writers' processes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import pytest
 from team import Rank, Team, files, folder, listing, read, snapshot, write
 
 from mpicdsgd.checkpoints import rank_file, reading
-from mpicdsgd.checkpoints.snapshot import say
+from mpicdsgd.checkpoints.snapshot import Problem, say
 from mpicdsgd.common.errors import UserError
 
 
@@ -155,6 +156,7 @@ def test_a_write_that_fails_leaves_the_one_before(
     errors = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
     assert len(errors) == 1
     assert f"rank {1 if target == 1 else 0}: No space left on device" in errors[0]
+    assert "make room" in errors[0]
     assert listing(tmp_path) == before
     assert read(tmp_path) == 10
     write(tmp_path, 1, 20, keep=1)
@@ -218,29 +220,37 @@ sys.path[:0] = sys.argv[2:]
 from pathlib import Path
 from team import Rank, Team, snapshot
 from mpicdsgd.checkpoints import reading
+from mpicdsgd.checkpoints.background_writer import Background
 from mpicdsgd.checkpoints.snapshot import Keep
 from mpicdsgd.runs import owner
 run = Path(sys.argv[1])
 generation = owner.claim(run).generation
-newest = reading.read_newest(run, Rank(Team(1), 0), lambda shared: None)
+comm = Rank(Team(1), 0)
+newest = reading.read_newest(run, comm, lambda shared: None)
 step = newest.step if newest else 0
 print(step, flush=True)
+writer = Background(run, generation, comm, Keep(2))
 while True:
     step += 1
-    keep = Keep(2)
-    assert reading.write(run, generation, snapshot(step, 0), Rank(Team(1), 0), keep)
+    writer.save(snapshot(step, 0))
+    writer.finish()
+    assert writer.step == step
     print(step, flush=True)
 """
 
 
 def test_kill_at_any_moment(tmp_path: Path) -> None:
-    """Each incarnation is killed while it writes; none loses a checkpoint that was finished."""
+    """Each incarnation is killed while it writes; none loses a checkpoint that was finished.
+
+    With the process that writes for it, as where a node fails, and without: that one may have ended
+    its job when the next incarnation has begun.
+    """
     rng = random.Random(2)
     here = Path(__file__).resolve().parents[1]
     finished = 0
-    for _ in range(6):
+    for turn in range(6):
         command = [sys.executable, "-c", CHILD, str(tmp_path), str(here), str(here.parents[1])]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as child:
             assert child.stdout is not None
             resumed = int(child.stdout.readline())
             assert resumed in (finished, finished + 1), "the last that was said, or one more"
@@ -248,7 +258,10 @@ def test_kill_at_any_moment(tmp_path: Path) -> None:
             said = [child.stdout.readline() for _ in range(rng.randrange(1, 4))]
             one_s = (time.monotonic() - began) / len(said)
             time.sleep(rng.random() * one_s)  # somewhere in the next one
-            child.send_signal(signal.SIGKILL)
+            if turn % 2:
+                child.send_signal(signal.SIGKILL)
+            else:
+                os.killpg(child.pid, signal.SIGKILL)
             said += child.stdout.read().split()
         finished = int(said[-1])
         step = read(tmp_path, size=1)
@@ -258,7 +271,7 @@ def test_kill_at_any_moment(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES])
 def test_what_a_full_disk_needs_is_said(caplog: pytest.LogCaptureFixture, number: int) -> None:
-    problems = [f"rank 0: {os.strerror(number)}", "rank 1: the same"]
+    problems = [Problem(f"rank 0: {os.strerror(number)}", number), Problem("rank 1: the same")]
     say(30, problems, "", "there is none")
     text = f"step 30 was not written (rank 0: {os.strerror(number)}, and 1 more): there is none"
     assert text in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -78,9 +79,9 @@ def test_a_mistake_is_an_answer(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file where a folder is to be")
     writer = WriterProcess()
     writer.write(tmp_path, about(1, ARRAYS), ARRAYS)
-    assert answer(writer) == {"problem": "Not a directory"}
+    assert answer(writer) == {"problem": "Not a directory", "errno": errno.ENOTDIR}
     writer.commit(tmp_path, Manifest(1, 1, 1, (), {}, {}, False))
-    assert answer(writer)["problem"] == "Not a directory"
+    assert answer(writer) == {"problem": "Not a directory", "errno": errno.ENOTDIR}
     writer._send({"do": "commit", "run_dir": str(tmp_path)})
     assert "KeyError" in answer(writer)["problem"]
     writer.close()
