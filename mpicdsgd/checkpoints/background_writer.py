@@ -23,10 +23,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpicdsgd.checkpoints import snapshot as state
 from mpicdsgd.checkpoints.manifest import FileEntry, Manifest, Place, looks_intact, place_of
 from mpicdsgd.checkpoints.rank_file import About, Layout
-from mpicdsgd.checkpoints.snapshot import Keep, Problem, Snapshot
+from mpicdsgd.checkpoints.snapshot import (
+    Keep,
+    Problem,
+    Snapshot,
+    alike,
+    commit,
+    describe,
+    discard,
+    prune,
+    say,
+    write_own,
+)
 from mpicdsgd.checkpoints.writer_process import WriterProcess
 from mpicdsgd.common.files import sync_folder
 
@@ -109,13 +119,13 @@ class Background:
         self._settle()  # so that there is never more than one on the disk that is not kept
         self._since, self._said = time.monotonic(), False
         place = place_of(self._run_dir, self._generation, snapshot.step)
-        about = state.describe(snapshot, self._generation, self._comm.rank, self._comm.size)
+        about = describe(snapshot, self._generation, self._comm.rank, self._comm.size)
         first = self._comm.rank == 0
         if self._comm.bcast(os.path.lexists(place.manifest) if first else None):
             self.step = snapshot.step
             return
         layouts = self._comm.gather(about.arrays, root=0)
-        arrays = None if layouts is None else state.alike(layouts)
+        arrays = None if layouts is None else alike(layouts)
         self._job = _UnderWay(place, about, snapshot.shared, arrays)
         try:
             process = self._start()
@@ -124,7 +134,7 @@ class Background:
                 return
         except OSError as error:  # no memory for a copy
             self._in_place(f"no copy of the state could be made ({error.strerror})")
-        entries, problem = state.write_own(place, about, snapshot.arrays, arrays)
+        entries, problem = write_own(place, about, snapshot.arrays, arrays)
         self._tell(problem or entries)
 
     def progress(self) -> None:
@@ -176,7 +186,7 @@ class Background:
         if written:
             self.step = job.about.step
         elif self._comm.rank != 0:
-            state.discard(job.place, self._comm.rank)
+            discard(job.place, self._comm.rank)
 
     def close(self) -> None:
         """`finish`, and end the process. Collective; a second call does nothing."""
@@ -285,7 +295,7 @@ class Background:
             self._keep.stays(job.place.step),
         )
         if self._process is None:
-            self._committed(job, state.commit(job.place, manifest))
+            self._committed(job, commit(job.place, manifest))
         else:
             self._process.commit(self._run_dir, manifest)
 
@@ -300,7 +310,7 @@ class Background:
         elif problem:
             self._outcome(job, [problem._replace(text=f"rank 0: {problem.text}")], "")
         elif self._process is None:
-            self._outcome(job, [], state.prune(place, last))
+            self._outcome(job, [], prune(place, last))
         else:
             self._process.prune(self._run_dir, place.generation, place.step, last)
             self._pruning = True
@@ -315,13 +325,13 @@ class Background:
 
     def _outcome(self, job: _UnderWay, problems: list[Problem], remark: str) -> None:
         if problems:
-            state.discard(job.place, 0)  # the manifest goes before any other rank's file does
+            discard(job.place, 0)  # the manifest goes before any other rank's file does
             kept = f"that of step {self.step} is kept" if self.step is not None else "there is none"
-            state.say(job.about.step, problems, remark, kept)
+            say(job.about.step, problems, remark, kept)
         else:
             self.step = job.about.step
             self.seconds = max(self.seconds, time.monotonic() - self._since)
-            state.say(job.about.step, [], remark)
+            say(job.about.step, [], remark)
         job.written = not problems
 
 

@@ -36,15 +36,14 @@ def add_to(commands: Commands) -> None:
 
 def theory(arguments: argparse.Namespace) -> int:
     from mpicdsgd.common.figures import check_suffix
-    from mpicdsgd.theory import report as theoryreport
-    from mpicdsgd.theory import table as theorytable
+    from mpicdsgd.theory import report, table
     from mpicdsgd.theory.measured_constants import Effort
 
     if arguments.png:
         check_suffix(Path(arguments.png))
     effort = Effort(arguments.points, arguments.batches, arguments.samples)
-    found = theoryreport.report(Path(arguments.run_dir), arguments.overrides, effort)
-    print(json.dumps(found, indent=2) if arguments.json else theorytable.table(found))
+    found = report.report(Path(arguments.run_dir), arguments.overrides, effort)
+    print(json.dumps(found, indent=2) if arguments.json else table.table(found))
     if arguments.png:
         from mpicdsgd.theory.plot import plot_theory
 

@@ -42,9 +42,9 @@ def train(arguments: argparse.Namespace) -> int:
     from mpicdsgd.comm import shutdown
     from mpicdsgd.comm.agreement import Silence, agreement
     from mpicdsgd.comm.exchange.errors import ExchangeError
-    from mpicdsgd.runs import train as job
     from mpicdsgd.runs.config import load_config
     from mpicdsgd.runs.summary import summary
+    from mpicdsgd.runs.train import train as train_run
 
     shutdown.install()
     # Not as an exception: raised in a weak reference's callback, Python prints and forgets it.
@@ -61,7 +61,7 @@ def train(arguments: argparse.Namespace) -> int:
             )
         config = load_config(Path(arguments.config), arguments.overrides)
     try:
-        code, last = job.train(config, comm)
+        code, last = train_run(config, comm)
     except (ExchangeError, Silence) as error:
         return exit_codes.waited_in_vain(str(error))
     except MPI.Exception as error:

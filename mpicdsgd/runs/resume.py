@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mpicdsgd.algorithms import config as settings
+from mpicdsgd.algorithms.config import keeps_count
 from mpicdsgd.checkpoints import reading
 from mpicdsgd.checkpoints.elastic import origins
 from mpicdsgd.checkpoints.snapshot import Snapshot
@@ -102,7 +102,7 @@ def _expect(start: Start, shared: dict[str, Any]) -> None:
 def _check_elastic(config: Config, before: int, now: int) -> None:
     """Raise a UserError for what cannot go on with another number of agents. Local."""
     change = f"the checkpoint in {config.run.dir} is of {before} agents, the job has {now}"
-    if settings.keeps_count(config.optim):
+    if keeps_count(config.optim):
         raise UserError(
             f'{change}: optim.name = "{config.optim.name}" counts what its agents have sent each '
             f"other, and can go on with the same number only: start {before}"

@@ -28,7 +28,7 @@ from torch import nn
 from mpicdsgd import UserError
 from mpicdsgd.checkpoints.background_writer import Background
 from mpicdsgd.checkpoints.writer_process import WriterProcess
-from mpicdsgd.common import signals as stopsignals
+from mpicdsgd.common import signals
 from mpicdsgd.graphs.specs import graph_from_spec
 from mpicdsgd.runs import owner, trace
 from mpicdsgd.runs.config import load_config
@@ -102,7 +102,7 @@ def folder(comm: MPI.Intracomm, shared_folder: Path) -> Iterator[Path]:
     if comm.rank == 0:
         (shared_folder / "r.toml").write_text(CONFIG.format(limit=48 * comm.size))
     comm.barrier()
-    stopsignals.catch()
+    signals.catch()
     fresh()
     yield shared_folder
     fresh()
@@ -133,7 +133,7 @@ def fresh() -> None:
     global steps_begun
     steps_begun = 0
     plan.clear()
-    stopsignals.forget()
+    signals.forget()
 
 
 def start(comm: MPI.Intracomm, run_dir: str, *overrides: str) -> int:
@@ -180,12 +180,12 @@ MOMENTS = {
 
 @pytest.mark.parametrize("when", MOMENTS)
 def test_one_rank_gets_a_signal(comm: MPI.Intracomm, whole: Path, when: str) -> None:
-    moment, signals, step = MOMENTS[when]
+    moment, sent, step = MOMENTS[when]
     rank = step % comm.size
     if comm.rank == rank:
-        plan[moment] = signals
+        plan[moment] = sent
     assert start(comm, "stopped") == 80
-    name = "TERM" if signals is term_twice else "USR1"
+    name = "TERM" if sent is term_twice else "USR1"
     stopped(comm, "stopped", step + 1 + diameter(comm), f"{name} on rank {rank}")
     assert start(comm, "stopped") == 0
     assert marker("stopped") is None
@@ -342,9 +342,9 @@ def test_the_clock_of_one_rank(
 ) -> None:
     """Clocks differ: the first to be through decides for all."""
     last = comm.rank == comm.size - 1
-    monkeypatch.setattr(stopsignals, "STARTED", time.monotonic())
+    monkeypatch.setattr(signals, "STARTED", time.monotonic())
     if last:
-        plan["step 8"] = lambda: monkeypatch.setattr(stopsignals, "STARTED", -1e9)
+        plan["step 8"] = lambda: monkeypatch.setattr(signals, "STARTED", -1e9)
     assert start(comm, "stopped", "run.max_seconds=100000") == 80
     why = f"run.max_seconds = 100000 on rank {comm.size - 1}"
     stopped(comm, "stopped", 9 + diameter(comm), why)
