@@ -1,7 +1,7 @@
-"""What a topology and its mixing matrix are worth, in figures; `graphtable.py` has them as text.
+"""What a topology and its mixing matrix are worth, in figures; `graph_table.py` has them as text.
 
-How far a gap goes is told in steps, what it costs in messages and bytes; `theory.py` tells which
-step sizes the matrix admits and how near to each other the agents then stay. No MPI here.
+How far a gap goes is told in steps, what it costs in messages and bytes; `theory.formulas` tells
+which step sizes the matrix admits and how near to each other the agents then stay. No MPI here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The figures of `graphreport.py` as text: one graph in detail, several in one table."""
+"""The figures of `graph_report.py` as text: one graph in detail, several in one table."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class AgentsConfig:
     device: str = "auto"  # "cpu", "cuda" (by the rank's number on its node), "cuda:K"
     threads: int = 0  # per rank; 0: this node's cores shared out over its ranks
     init: str = "broadcast"  # or "local": every agent keeps its own random parameters
-    on_death: str = "end"  # of the job, when a rank dies; or "continue", see `survival`
+    on_death: str = "end"  # of the job, when a rank dies; or "continue": `runs.survival`
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A run's folder: its generations, and files that appear whole or not at all. No MPI here.
 
-Every incarnation of a run claims the next *generation* (`owner`) and writes only files that carry
-its number, so a process that was thought dead and still writes harms nothing.
+Every incarnation of a run claims the next *generation* (`runs.owner`) and writes only files that
+carry its number, so a process that was thought dead and still writes harms nothing.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ _OWNED = re.compile(r"(?:config|metrics|trace)\.g(\d{4,9})\.(?:toml|jsonl)")
 
 
 def claim_file(run_dir: Path, generation: int) -> Path:
-    """The file whose creation claims ``generation``: see `owner`."""
+    """The file whose creation claims ``generation``: see `runs.owner`."""
     return run_dir / f"generation-{generation:04d}"
 
 

@@ -1,6 +1,6 @@
 """Read one n x n matrix from an HDF5 file and write it to stdout, as a process of its own.
 
-Started by ``matrixfiles.py``, which says why; imports nothing of this package. Arguments: path,
+Started by ``matrix_files.py``, which says why; imports nothing of this package. Arguments: path,
 dataset ("" to find it), n. Stdout: n * n native float64 and status 0; one line and status 2 where
 the file is at fault; any other status: HDF5 failed.
 """

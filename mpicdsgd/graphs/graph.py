@@ -1,6 +1,6 @@
-"""Agents and who reads whom: ``Graph``. The families (ring, torus, ...) stand in ``topology.py``.
+"""Agents and who reads whom: ``Graph``. The families (ring, torus, ...) stand in ``topologies.py``.
 
-A graph is simple (no multi-edges, no self loops) and holds no weights: those are ``mixing.py``'s.
+A graph is simple (no multi-edges, no self loops); ``mixing_rules.py`` has the weights.
 """
 
 from __future__ import annotations

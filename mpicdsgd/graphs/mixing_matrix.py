@@ -6,7 +6,7 @@
           c) null{I - Pi} = span{1}; d) I >= Pi > -I
 
 The paper goes on from there to eigenvalues in [0, 1], which a) to d) do not give: that is a further
-condition here, and a matrix that fails it carries a remark. The constructors are in ``mixing.py``.
+condition here, and a matrix that fails it carries a remark. The constructors: ``mixing_rules.py``.
 """
 
 from __future__ import annotations

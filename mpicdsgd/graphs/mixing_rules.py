@@ -1,6 +1,6 @@
 """Constructors of mixing matrices: the usual ones, and any matrix of the user's, checked.
 
-Notation and Assumption 2 stand at the top of ``matrix.py``, which holds ``MixingMatrix`` itself.
+Notation, Assumption 2 and ``MixingMatrix`` itself stand in ``mixing_matrix.py``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Where in its epochs a run is at a step.
 
 Steps are counted from the run's start and never again. How many make an epoch depends on the number
-of agents, so after a restart on another one (`elastic`) the same step is at another place of the
-epochs: ``shift`` is added to the step before it is divided.
+of agents, so after a restart on another one (`checkpoints.elastic`) the same step is at another
+place of the epochs: ``shift`` is added to the step before it is divided.
 """
 
 from __future__ import annotations

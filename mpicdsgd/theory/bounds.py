@@ -1,6 +1,6 @@
 """Bounds on a whole run: the paper's Theorems 1 and 2, and what holds where steps diminish.
 
-Notation and errata stand at the top of ``theory.py``. The paper counts from x_1; here x_0 is where
+Notation and errata: at the top of ``formulas.py``. The paper counts from x_1; here x_0 is where
 a run, or the part of it that is looked at, begins, and ``steps`` are taken since.
 
 For steps that diminish the paper refers to a supplement that is not to be had, and its V changes

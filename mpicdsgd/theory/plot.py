@@ -1,4 +1,4 @@
-"""A plot of `theoryreport.py`'s series: what was measured, and the bounds. No pyplot."""
+"""A plot of `report.py`'s series: what was measured, and the bounds. No pyplot."""
 
 from __future__ import annotations
 

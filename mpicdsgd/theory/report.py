@@ -1,6 +1,6 @@
 """A run beside every bound of the theory, as printed and as corrected: `mpicdsgd theory`.
 
-`report` has all figures, ready for JSON; `theorytable.py` has them as text.
+`report` has all figures, ready for JSON; `table.py` has them as text.
 """
 
 from __future__ import annotations

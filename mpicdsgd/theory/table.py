@@ -1,4 +1,4 @@
-"""The figures of `theoryreport.py` as text."""
+"""The figures of `report.py` as text."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class Imported:
 
 
 class DirectRoute:
-    """See the module, and `tokens.Route`.
+    """See the module, and `token_transport.Route`.
 
     Args:
         published: this agent's own, whose layout is all agents'.

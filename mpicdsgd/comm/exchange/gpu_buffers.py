@@ -28,7 +28,7 @@ class Handles:
 
 
 class DevicePublished:
-    """See the module, and `tokens.Published`. Local.
+    """See the module, and `token_transport.Published`. Local.
 
     Args:
         size: elements D; ``wire``: their type.

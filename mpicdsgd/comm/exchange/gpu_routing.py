@@ -2,7 +2,7 @@
 
 On a node an edge is *direct* where both ends could import what they need of the other; where they
 could not (no peer access, a container's or a launcher's isolation), and between nodes, it is
-*neighbor* where `probe` saw this MPI library move device memory right, else *staged*.
+*neighbor* where `gpu_aware_probe` saw this MPI library move device memory right, else *staged*.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Between hosts: values in messages.
 
 `HostCarrier` serves where all values go so, on a graph that does not change; else they go by a
-`MessageRoute` beside the tokens of `tokens.TokenCarrier`.
+`MessageRoute` beside the tokens of `token_transport.TokenCarrier`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mpicdsgd.comm.exchange.transport import WIRE_DTYPE, Edge
 
 
 class HostCarrier:
-    """Header and values of shape (D,) in one message; see `carrier.Carrier`.
+    """Header and values of shape (D,) in one message; see `transport.Carrier`.
 
     The one published buffer goes to every reader without a copy. Opening is collective over the
     agents, whose graph has one turn.
@@ -73,7 +73,7 @@ class HostCarrier:
 
 
 class OwnPublished:
-    """One buffer of this agent's own; see `tokens.Published`.
+    """One buffer of this agent's own; see `token_transport.Published`.
 
     One will do: a post is over only when its messages are, those from here too.
     """
@@ -100,7 +100,7 @@ class OwnPublished:
 
 
 class MessageRoute:
-    """Values without headers. See `tokens.Route`; made and freed by all agents together.
+    """Values without headers. See `token_transport.Route`; made and freed by all agents together.
 
     Args:
         published: whose buffers are arrays.

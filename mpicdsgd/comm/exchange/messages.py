@@ -69,7 +69,7 @@ class Messages:
         self._block = MPI.BYTE.Create_contiguous(HEADER_BYTES).Commit()
 
     def may_start(self, partners: frozenset[int] | None) -> bool:
-        """Whether values may go yet, where ``partners`` is what `tokens.Route.advance` is told.
+        """Whether values may go yet; ``partners``: as `token_transport.Route.advance` is told.
 
         Along edges that are always the same, at once. Else an agent that is out of step would send
         what nobody receives, and its next message would be taken for it: values go when both ends

@@ -25,7 +25,7 @@ _SPARE = 1.1  # of what is needed, for the MPI library's own
 
 
 class SharedPublished:
-    """See the module, and `tokens.Published`. Making one is collective over the agents.
+    """See the module, and `token_transport.Published`. Making one is collective over the agents.
 
     Args:
         size: elements D; ``wire``: their type.
@@ -79,7 +79,7 @@ class SharedPublished:
 
 
 class SharedRoute:
-    """See the module, and `tokens.Route`. Local.
+    """See the module, and `token_transport.Route`. Local.
 
     Args:
         sources: the agents on this node whose values this one reads, ascending.

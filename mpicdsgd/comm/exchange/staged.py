@@ -21,7 +21,9 @@ CHUNK_BYTES = 4 << 20
 
 
 class StagedRoute:
-    """See the module, and `tokens.Route`. Making one, and `free`, are collective over ``comm``.
+    """See the module, and `token_transport.Route`.
+
+    Making one, and `free`, are collective over ``comm``.
 
     A chunk is posted only when its copy to the host is done, and that copy follows the last pass
     and the copies to the device of the post before: so the receive buffer and its copy on the
@@ -123,7 +125,7 @@ class StagedRoute:
 
 
 class MessageRoute:
-    """Device pointers given to MPI, which `probe` has seen to take them; see `StagedRoute`."""
+    """Device pointers given to MPI; `gpu_aware_probe` saw it take them. See `StagedRoute`."""
 
     def __init__(
         self,

@@ -75,7 +75,7 @@ class Route(Protocol):
 
 
 class TokenCarrier:
-    """See the module, and `carrier.Carrier`. Making one is collective over the agents.
+    """See the module, and `transport.Carrier`. Making one is collective over the agents.
 
     Args:
         published: this agent's buffers; freed by the carrier.

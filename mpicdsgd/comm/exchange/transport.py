@@ -1,6 +1,6 @@
 """The face of what moves published values from agent to agent.
 
-The protocol (headers, stop, faults, leaving) is in `engine`; a carrier knows nothing of it. It
+The protocol (headers, stop, faults, leaving) is in `exchange`; a carrier knows nothing of it. It
 sends this agent's 64-byte header and its published buffer with every `start`, and has the peers'
 headers and the neighbours' buffers when `advance` has returned True.
 
@@ -30,7 +30,7 @@ class Edge:
 
 
 class Carrier(Protocol):
-    """See the module; all methods are called by `engine.Exchange` alone.
+    """See the module; all methods are called by `exchange.Exchange` alone.
 
     Attributes:
         header: uint8, shape (64,), filled before `start`.

@@ -1,10 +1,11 @@
 """The exchange between GPUs, played through on a simulated machine in many orders of events.
 
-What `exchange.device`, `direct`, `staged`, `messages`, `tokens` and `engine` do with streams,
-events, tokens and messages stands here once more, without MPI or a GPU. Hosts, streams and messages
-go on one at a time, as a scheduler pleases. Memory knows its version, (agent, post, mixing), and
-who is at it. A `Race` is: using what another writes, reading another version than this mixing's,
-freed memory, a message that meets the receive of another post or chunk, or none, and a deadlock.
+What `gpu_buffers`, `cuda_ipc`, `staged`, `messages`, `token_transport` and `exchange` do with
+streams, events, tokens and messages stands here once more, without MPI or a GPU. Hosts, streams and
+messages go on one at a time, as a scheduler pleases. Memory knows its version, (agent, post,
+mixing), and who is at it. A `Race` is: using what another writes, reading another version than this
+mixing's, freed memory, a message that meets the receive of another post or chunk, or none, and a
+deadlock.
 
 Graphs do not change, or they are a cycle of turns. Agents go on alike; but one may leave early, and
 one may step where the others publish or load a state, or the reverse. Its peers must stop at that
@@ -345,7 +346,7 @@ class Agent:
             self.advance()
 
     def close(self) -> Until:
-        """As `engine.Exchange.drain`, with no grace before saying that this agent left."""
+        """As `exchange.Exchange.drain`, with no grace before saying that this agent left."""
         if self.world.but == "closing on another stream":
             self.stream = self.mains[0]
         everybody_closes = self.world.meet("closing")
