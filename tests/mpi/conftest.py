@@ -1,5 +1,7 @@
 """MPI tests: ``mpiexec -n N python -m pytest tests/mpi`` for any N; tests/run.sh takes 1, 2, 4, 5.
 
+Those marked ``ranks(1, 4)`` are taken only there, if --full is not given: more would show no more.
+
 A test that fails on one rank alone would leave the others in a collective call, so the first
 failure prints its report and ends all ranks.
 """
@@ -11,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import costs
 import pytest
 from mpi4py import MPI
 
@@ -43,6 +46,28 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         text = f"\n[rank {MPI.COMM_WORLD.rank}] {report.nodeid} ({report.when}):\n"
         sys.__stderr__.write(f"{text}{report.longreprtext}\n{report.capstderr}\n")
         _abort(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("timeout") is None:
+            # A rank that hangs within MPI handles no signal.
+            item.add_marker(pytest.mark.timeout(method="thread"))
+    if config.getoption("--full"):
+        return
+    markers = {item: item.get_closest_marker("ranks") for item in items}
+    left_out = [i for i, m in markers.items() if m and MPI.COMM_WORLD.size not in m.args]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish() -> None:
+    """A test's CPU seconds are those of all ranks."""
+    for others in (MPI.COMM_WORLD.gather(costs.of) or [])[1:]:
+        for name, (_, cpu) in others.items():
+            costs.of[name][1] += cpu
 
 
 @pytest.fixture(autouse=True)
