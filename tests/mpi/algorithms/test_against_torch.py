@@ -24,6 +24,8 @@ from oracle import (
 
 from mpicdsgd import CDMSGD, CDSGD, Agents, MixingMatrix, ring
 
+pytestmark = pytest.mark.ranks(1, 4)
+
 STEPS = 200
 TOLERANCE = 1e-6
 

@@ -26,6 +26,8 @@ from oracle import (
 
 from mpicdsgd import AgentFault, Agents, ExchangeConfig
 
+pytestmark = pytest.mark.ranks(1, 2, 4)
+
 KINDS = ["cdsgd", "polyak", "nesterov", "look-ahead", "adamw"]
 SCALED = [*KINDS, "fused"]
 

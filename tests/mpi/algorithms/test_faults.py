@@ -14,6 +14,8 @@ from oracle import Net, Problem, gather, make_agents, train
 from mpicdsgd import CDMSGD, CDSGD, AgentFault, Agents, Mixed
 from mpicdsgd.comm.exchange.header import Fault, Reason
 
+pytestmark = pytest.mark.ranks(2, 5)
+
 GRAPHS = ["complete", "ring", "chain", "star", "expo"]
 CASES = [*((graph, "cdmsgd") for graph in GRAPHS), ("chain", "mixed")]
 

@@ -13,6 +13,8 @@ from oracle import flatten, gather, make_agents, of_kind, pair, relative, step_a
 
 from mpicdsgd import CDMSGD, CDSGD, UserError
 
+pytestmark = pytest.mark.ranks(2, 5)
+
 TOLERANCE = 1e-5
 KINDS = ["cdsgd", "nesterov", "look-ahead", "adamw"]
 

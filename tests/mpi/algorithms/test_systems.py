@@ -47,6 +47,8 @@ from mpicdsgd.comm import shutdown
 from mpicdsgd.comm.exchange.errors import AgentFault
 from mpicdsgd.comm.exchange.header import Reason
 
+pytestmark = pytest.mark.ranks(1, 2, 5)
+
 ALPHA, MU = 0.05, 0.9
 
 

@@ -27,6 +27,8 @@ from oracle import (
 
 from mpicdsgd import CDMSGD, CDSGD, Mixed, UserError
 
+pytestmark = pytest.mark.ranks(1, 2)
+
 TOLERANCE = 1e-5
 KINDS = ["cdsgd", "nesterov", "look-ahead", "adamw"]
 

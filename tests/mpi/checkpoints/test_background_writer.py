@@ -19,7 +19,7 @@ from mpicdsgd.checkpoints.snapshot import Keep, Snapshot
 from mpicdsgd.checkpoints.writer_process import WriterProcess
 from mpicdsgd.runs import owner
 
-pytestmark = pytest.mark.own_writer
+pytestmark = [pytest.mark.own_writer, pytest.mark.ranks(1, 4)]
 
 
 @pytest.fixture

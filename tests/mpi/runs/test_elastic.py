@@ -27,6 +27,8 @@ from mpicdsgd.runs.config import Config, load_config
 from mpicdsgd.runs.rng import seed_generators
 from mpicdsgd.runs.run import Run
 
+pytestmark = pytest.mark.ranks(2, 5)
+
 N = MPI.COMM_WORLD.size
 if N in (1, 4):
     pytest.skip(

@@ -19,6 +19,8 @@ from mpicdsgd.kernels import gpu
 from mpicdsgd.runs.evaluation import RunningMeans
 from mpicdsgd.runs.minibatch import minibatch_step
 
+pytestmark = pytest.mark.ranks(1, 2, 5)
+
 KINDS = ["cdsgd", "nesterov", "look-ahead", "adamw", "fused"]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -19,6 +19,7 @@ from mpicdsgd.runs.run import Run
 
 if MPI.COMM_WORLD.size in (1, 4):
     pytest.skip("two ranks and five say it all", allow_module_level=True)
+pytestmark = pytest.mark.ranks(2)
 
 CONFIG = """
 run = {dir = "run", epochs = 4, checkpoint_every = "2 steps", evaluate_every = "never"}

@@ -37,6 +37,7 @@ from mpicdsgd.runs.run import Run
 
 if MPI.COMM_WORLD.size == 4:
     pytest.skip("one, two and five ranks say it all", allow_module_level=True)
+pytestmark = pytest.mark.ranks(1, 2)
 
 # 5 steps an epoch, whatever the number of agents.
 CONFIG = """
@@ -351,6 +352,7 @@ on_gpu = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.ranks(1, 2, 5)
 @on_gpu
 @RUNS
 def test_a_restart_goes_on_bit_by_bit(
@@ -380,6 +382,7 @@ def emulated(comm: MPI.Intracomm, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.ranks(1, 2, 5)
 @RUNS
 def test_a_run_on_emulated_gpus_is_the_same(
     comm: MPI.Intracomm, folder: Path, overrides: tuple[str, ...], request: pytest.FixtureRequest
@@ -398,6 +401,7 @@ def test_a_run_on_emulated_gpus_is_the_same(
     assert "\n# device: emulated GPU" in Path("left/config.g0002.toml").read_text()
 
 
+@pytest.mark.ranks(1, 2, 5)
 @RUNS
 def test_the_trace(comm: MPI.Intracomm, folder: Path, overrides: tuple[str, ...]) -> None:
     """Every step's sums over agents, and not a bit of the run is another for it."""

@@ -19,6 +19,8 @@ from mpicdsgd import ExchangeConfig, UserError
 from mpicdsgd.cli import parser
 from mpicdsgd.comm import shutdown
 
+pytestmark = pytest.mark.ranks(1, 2, 4)
+
 RUN = """
 [run]
 dir = "r"

@@ -21,6 +21,8 @@ from mpicdsgd.runs.prepared import Inherited
 from mpicdsgd.runs.run import Run
 from mpicdsgd.runs.survival import _together, train
 
+pytestmark = pytest.mark.ranks(2, 5)
+
 N = MPI.COMM_WORLD.size
 
 CONFIG = """

@@ -25,6 +25,8 @@ from oracle import (
 from mpicdsgd import Agents, ExchangeConfig, FedAvg, Mixed, UserError
 from mpicdsgd.kernels.native import reference
 
+pytestmark = pytest.mark.ranks(2, 5)
+
 STEPS = 6
 FORMS = ["cdsgd", "polyak", "nesterov", "look-ahead"]
 ADAMW_DECAY = 0.01  # of torch.optim.AdamW, if not told: the penalty counts it, the gradient not

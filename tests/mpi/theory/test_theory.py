@@ -26,8 +26,9 @@ from mpicdsgd.theory import rebuilt_checkpoints, table
 from mpicdsgd.theory import report as theoryreport
 from mpicdsgd.theory.measured_constants import Effort
 
-if MPI.COMM_WORLD.size in (2, 4):
-    pytest.skip("one rank and five say it all", allow_module_level=True)
+if MPI.COMM_WORLD.size == 2:
+    pytest.skip("one rank, four and five say it all", allow_module_level=True)
+pytestmark = pytest.mark.ranks(1, 4)
 
 CONFIG = """
 [run]
@@ -240,6 +241,7 @@ def test_strongly_convex_runs_obey_the_corrected_bounds(
         assert tightest["factor"] > 1
 
 
+@pytest.mark.ranks(1, 5)
 def test_the_printed_rate_is_violated(comm: MPI.Intracomm, folder: Path) -> None:
     """Erratum 1: f_j = (x - b_j)^2/2, alpha = 0.05, the lazy ring."""
     train(comm)
