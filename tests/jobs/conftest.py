@@ -5,8 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import job
 import pytest
-from job import Ended, Job
+from job import Ended, Job, forking
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forks(full: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """With --full all ranks are started as a user's are."""
+    if full:
+        yield
+    else:
+        with forking(tmp_path_factory.mktemp("forks")):
+            yield
+
+
+@pytest.fixture
+def real_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests in which a launcher is to kill what a dead rank has left."""
+    monkeypatch.setattr(job, "server", None)
 
 
 @pytest.fixture
@@ -19,8 +36,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
         return jobs[-1]
 
     yield start
-    for job in jobs:
-        job.close()
+    for one in jobs:
+        one.close()
 
 
 @pytest.fixture
