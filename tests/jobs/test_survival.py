@@ -16,7 +16,7 @@ from job import Ended, Job
 
 from mpicdsgd.runs import metrics_file
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.slow
 
 CONFIG = """
 run = {epochs = 6, checkpoint_every = "20 steps", seed = 3}

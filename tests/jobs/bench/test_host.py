@@ -40,6 +40,7 @@ def record_of(run: Run, path: Path, ranks: int, bench: str, *options: str) -> di
     return record
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler")
 def test_exchange_starts_its_own_ranks(run: Run, tmp_path: Path) -> None:
     record = record_of(run, tmp_path / "record.json", 0, "exchange", "--size", "9000")

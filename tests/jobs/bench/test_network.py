@@ -76,6 +76,7 @@ def ended(job: subprocess.Popen[str], timeout_s: float) -> tuple[str, str]:
         pytest.fail(f"the job hung for {timeout_s:g} s\n{out[-3000:]}\n{err[-3000:]}")
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("hosts")
 def test_quick_round(tmp_path: Path) -> None:
     before = spaces()

@@ -11,7 +11,7 @@ import pytest
 from job import HERE, Ended
 
 BENCH = HERE.parents[1] / "bench"
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.slow
 
 Run = Callable[..., Ended]
 
@@ -19,6 +19,7 @@ WAYS = ("direct", "neighbor")
 MODES = ("weak", "strong")
 
 
+@pytest.mark.full
 def test_a_quick_round(run: Run, tmp_path: Path) -> None:
     files = {name: tmp_path / f"scaling.{name}" for name in ("json", "csv", "png")}
     job = run(

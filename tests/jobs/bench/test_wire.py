@@ -17,6 +17,7 @@ READERS = {"mlp, exponential": 3, "mlp, ring, falling": 2}  # of five agents
 METRICS = ("accuracy, %", "averaged, %", "train loss", "apart")
 
 
+@pytest.mark.full
 def test_wire(run: Callable[..., Ended], tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     path = tmp_path / "record.json"

@@ -48,7 +48,7 @@ class Optimizer:
     def __init__(self) -> None:
         self.exchange = SimpleNamespace(stops_within=10)
         self.arena = SimpleNamespace(size=10_000)
-        self.stepper = SimpleNamespace(flats=lambda: {"x": None, "v": None})
+        self.context = SimpleNamespace(flats={"x": None, "v": None})
         self.asked = 0
 
     def request_stop(self) -> None:
