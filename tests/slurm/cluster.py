@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from costs import busy
 
 import mpicdsgd
 
@@ -76,7 +77,7 @@ class Cluster:
         """A command's stdout, in ``work``."""
         done = subprocess.run(
             command, cwd=self.work, env={**self.environment, **environment},
-            capture_output=True, text=True, timeout=60, check=False,
+            capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert not check or done.returncode == 0, (command, done.stdout, done.stderr)
         return done.stdout
@@ -109,7 +110,7 @@ class Batch:
 
     def until(self, holds: Callable[[], Any], what: str, timeout_s: float = 150.0) -> None:
         """Wait until ``holds()``; fails with the job's log where that takes too long."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + timeout_s * busy()
         while not holds():
             if time.monotonic() > deadline:
                 about, log = self.about(), self.log()

@@ -14,8 +14,6 @@ import pytest
 from cluster import SHORT_WAIT, SRUN, Batch, Cluster, last_step
 from samerun import same_run
 
-pytestmark = pytest.mark.timeout(500)
-
 Whole = Callable[[int], Path]
 
 
