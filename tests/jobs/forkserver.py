@@ -6,7 +6,7 @@
 The second one, which a launcher starts in a rank's place, hands its descriptors, environment and
 folder over. Then it only stands for the fork: it passes signals on, and ends as the fork does, by
 the same signal or with the same code; where it is killed, so is the fork. Beside the socket, a file
-SOCKET.PID, with its own process number, has the fork's.
+SOCKET.PID, with its own process number, has the fork's, and SOCKET.cpu_s what all have used.
 
 What differs from a start of its own: the fork's parent is the server, /proc shows the server's
 command line and environment for it, and all ranks have one hash seed. Once a fork has ended, its
@@ -47,9 +47,7 @@ def start(path: str, words: list[str]) -> None:
     server.sendall(text)
     answers = server.makefile("r")
     fork = int(answers.readline())
-    with open(f"{path}.{os.getpid()}.tmp", "w") as file:
-        file.write(str(fork))
-    os.replace(f"{path}.{os.getpid()}.tmp", f"{path}.{os.getpid()}")
+    _put(f"{path}.{os.getpid()}", str(fork))
     nothing = os.open(os.devnull, os.O_RDWR)
     for number in descriptors:  # who reads from them is to see the fork's end
         if number <= 2:
@@ -76,6 +74,12 @@ def start(path: str, words: list[str]) -> None:
     os._exit(os.WEXITSTATUS(status))
 
 
+def _put(path: str, text: str) -> None:
+    with open(f"{path}.tmp", "w") as file:
+        file.write(text)
+    os.replace(f"{path}.tmp", path)
+
+
 def _is_open(number: int) -> bool:
     try:
         os.fstat(number)
@@ -90,6 +94,7 @@ class Server:
     def __init__(self, path: str) -> None:
         import selectors
 
+        self._path, self._cpu_s = path, 0.0
         self._listening = socket.socket(socket.AF_UNIX)
         self._listening.bind(path)
         self._listening.listen(64)
@@ -146,7 +151,9 @@ class Server:
     def _ended(self, handle: int) -> None:
         client = self._clients.pop(handle)
         process, _ = self._forks.pop(client)
-        _, status = os.waitpid(process, 0)
+        _, status, used = os.wait4(process, 0)
+        self._cpu_s += used.ru_utime + used.ru_stime
+        _put(f"{self._path}.cpu_s", str(self._cpu_s))
         self._selector.unregister(handle)
         os.close(handle)
         if client in self._selector.get_map():

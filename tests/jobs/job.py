@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import costs
 import pytest
-from costs import busy
 
 import mpicdsgd
 
@@ -132,7 +132,7 @@ class Job:
 
     def wait(self, timeout_s: float = 120.0) -> Ended:
         """The ended job. Fails the test if it takes longer; a busy machine is given more time."""
-        timeout_s *= busy()
+        timeout_s *= costs.busy()
         left_s = timeout_s - (time.monotonic() - self._start)
         try:
             code = self._process.wait(max(left_s, 0.1))
@@ -179,10 +179,19 @@ def forking(folder: Path) -> Iterator[None]:
         assert process.poll() is None, "the server has ended"
         time.sleep(0.05)
     server = socket
+    costs.elsewhere.append(_cpu_s_of_forks)
     yield
+    costs.elsewhere.remove(_cpu_s_of_forks)  # from now on in what this process has waited for
     server = None
     process.kill()
     process.wait()
+
+
+def _cpu_s_of_forks() -> float:
+    try:
+        return float(Path(f"{server}.cpu_s").read_text())
+    except FileNotFoundError:
+        return 0.0
 
 
 def _fork_of(process: int) -> int | None:
