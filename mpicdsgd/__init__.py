@@ -12,6 +12,7 @@ import mpicdsgd.comm.mpich_under_slurm  # noqa: F401 - before anything starts MP
 from mpicdsgd.common.old_names import MOVED, OldNames
 
 if TYPE_CHECKING:
+    from mpicdsgd.algorithms.any_algorithm import optimizer as optimizer
     from mpicdsgd.algorithms.mixed import Mixed as Mixed
     from mpicdsgd.algorithms.named import CDMSGD as CDMSGD
     from mpicdsgd.algorithms.named import CDSGD as CDSGD
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from mpicdsgd.algorithms.named import FedAvg as FedAvg
     from mpicdsgd.algorithms.named import GoSGD as GoSGD
     from mpicdsgd.algorithms.named import GossipSGD as GossipSGD
-    from mpicdsgd.algorithms.named import optimizer as optimizer
     from mpicdsgd.algorithms.optimizer import AgentOptimizer as AgentOptimizer
     from mpicdsgd.algorithms.server.server import Server as Server
     from mpicdsgd.comm.agents import Agents as Agents
@@ -63,6 +63,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
+    "algorithms.any_algorithm": ["optimizer"],
     "algorithms.mixed": ["Mixed"],
     "algorithms.named": [
         "CDMSGD",
@@ -75,7 +76,6 @@ _HOMES = {
         "FedAvg",
         "GoSGD",
         "GossipSGD",
-        "optimizer",
     ],
     "algorithms.optimizer": ["AgentOptimizer"],
     "algorithms.server.server": ["Server"],

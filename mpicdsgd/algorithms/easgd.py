@@ -65,6 +65,7 @@ class ElasticAverage(Algorithm):
     admits = None
     order = "the centre's sum is hidden behind the gradient"
     vectors: tuple[str, ...] = ("centre",)
+    served: ClassVar[type[Algorithm] | None] = None  # the variant with a server: `easgd_served`
     settings: EASGDSettings | EAMSGDSettings
 
     def __init__(self, settings: EASGDSettings | EAMSGDSettings, run: Circumstances) -> None:
@@ -75,9 +76,8 @@ class ElasticAverage(Algorithm):
     def of(cls, settings: EASGDSettings | EAMSGDSettings) -> type[Algorithm]:
         if not settings.asynchronous:
             return cls
-        from mpicdsgd.algorithms.easgd_served import ServedElasticAverage
-
-        return ServedElasticAverage
+        assert cls.served is not None, "easgd_served is imported"
+        return cls.served
 
     def check(self, agents: int) -> None:
         super().check(agents)

@@ -50,3 +50,6 @@ class ServedElasticAverage(ElasticAverage):
     def centre(self, ctx: Context) -> torch.Tensor:
         centre: torch.Tensor = ctx.server.centre()
         return centre
+
+
+ElasticAverage.served = ServedElasticAverage

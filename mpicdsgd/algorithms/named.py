@@ -1,4 +1,4 @@
-"""The optimizers for scripts: each of the older algorithms by its name, and `optimizer` for all.
+"""The optimizers for scripts by their names; `any_algorithm.optimizer` makes one of any algorithm.
 
 An algorithm's settings and its step are in its own file; here they get the arguments that a script
 gives. All are `optimizer.AgentOptimizer`, whose arguments ``params, agents, buffers, exchange,
@@ -7,7 +7,6 @@ debug`` they share, and collective over ``agents``.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, Literal
 
 import numpy as np
@@ -20,50 +19,6 @@ from mpicdsgd.algorithms.optimizer import AgentOptimizer
 from mpicdsgd.algorithms.server.server import Server
 from mpicdsgd.comm.agents import Agents
 from mpicdsgd.common.errors import UserError
-
-
-def optimizer(
-    algorithm: str | type[Algorithm],
-    params: Any,
-    *,
-    agents: Agents,
-    run: Circumstances | None = None,
-    server: Server | None = None,
-    **more: Any,
-) -> AgentOptimizer:
-    """The optimizer of any algorithm. Collective over ``agents``.
-
-    Args:
-        algorithm: a name as a config has it ("gradient-tracking"), "package.module:Class" of your
-            own, or the class.
-        run: what the algorithm must know of the run; the default has one step in an epoch.
-        more: settings of the algorithm, and ``buffers, exchange, debug`` of `AgentOptimizer`.
-
-    Raises:
-        UserError: on every rank, for a name or a setting that there is not.
-    """
-    with agents.agreement("optimizer()"):
-        if isinstance(algorithm, str):
-            if ":" not in algorithm and algorithm not in registry.algorithms():
-                raise UserError(
-                    f'unknown algorithm "{algorithm}": known are {", ".join(registry.algorithms())}'
-                )
-            kind = registry.find(algorithm)
-            if kind is None:
-                raise UserError(f"{algorithm} is a torch optimizer: make one, and give it to Mixed")
-        else:
-            kind = algorithm
-        names = registry.setting_names(kind)
-        common = {key: more.pop(key) for key in ("buffers", "exchange", "debug") if key in more}
-        if unknown := sorted(set(more) - set(names)):
-            raise UserError(
-                f"{kind.name or kind.__name__} has no setting {unknown[0]}: it has "
-                f"{', '.join(names)}"
-            )
-        settings = kind.Settings(**more)
-        circumstances = dataclasses.replace(run or Circumstances(), agents=agents.size)
-    made = kind.of(settings)(settings, circumstances)
-    return AgentOptimizer(params, made, agents, server=server, **common)
 
 
 class CDSGD(AgentOptimizer):
@@ -223,7 +178,7 @@ class EASGD(AgentOptimizer):
     ) -> None:
         e = _elasticity("EASGD", agents, elasticity)
         settings = easgd.EASGDSettings(lr, weight_decay, period, e, server is not None)
-        made = easgd.ElasticAverage.of(settings)(settings, _run(agents))
+        made = _kind_of("easgd", settings)(settings, _run(agents))
         super().__init__(params, made, agents, server=server, **common)
 
 
@@ -256,7 +211,7 @@ class EAMSGD(AgentOptimizer):
             lr, weight_decay, momentum,
             period=period, elasticity=e, asynchronous=server is not None,
         )  # fmt: skip
-        made = easgd.ElasticMomentum.of(settings)(settings, _run(agents))
+        made = _kind_of("eamsgd", settings)(settings, _run(agents))
         super().__init__(params, made, agents, server=server, **common)
 
 
@@ -344,6 +299,10 @@ class GoSGD(AgentOptimizer):
     def weight(self) -> float:
         """w of this agent."""
         return float(self.context.number("gossip/weight")[0])
+
+
+def _kind_of(name: str, settings: Any) -> type[Algorithm]:
+    return registry.algorithms()[name].of(settings)
 
 
 def _run(agents: Agents, seed: int = 0) -> Circumstances:

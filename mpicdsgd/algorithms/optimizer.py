@@ -23,8 +23,8 @@ from mpicdsgd.common.errors import UserError
 class AgentOptimizer(OpenOptimizer):
     """A decentralised optimizer: an algorithm, its communication and a local step, composed.
 
-    `named` has the optimizers by their names, as `mpicdsgd.CDSGD`, and `named.optimizer` makes one
-    of any algorithm.
+    `named` has the optimizers by their names, as `mpicdsgd.CDSGD`, and
+    `any_algorithm.optimizer` makes one of any algorithm.
 
     Making one, `step`, `publish`, `mix`, `load_state_dict`, `add_param_group` and `close` are
     collective over ``agents``: all agents call them alike and in the same order.

@@ -17,8 +17,8 @@ from mpicdsgd.common import plugins
 
 # Where the project's own are; in the order of the documentation's table.
 MODULES = (
-    "cdsgd", "cdmsgd", "gradient_tracking", "push_sum", "sgd", "fedavg", "easgd", "downpour",
-    "gossip", "gosgd",
+    "cdsgd", "cdmsgd", "gradient_tracking", "push_sum", "sgd", "fedavg", "easgd", "easgd_served",
+    "downpour", "gossip", "gosgd",
 )  # fmt: skip
 _known: dict[str, type[Algorithm]] = {}
 

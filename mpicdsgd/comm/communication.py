@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -42,6 +43,51 @@ class NoHooks:
 
     def centre(self) -> torch.Tensor | None:
         return None
+
+
+class Quiet:
+    """What a communication answers where there is nothing to do or to keep."""
+
+    hooks: Hooks
+
+    def begin(self, step: int) -> None:
+        """Nothing: who works over it posts."""
+
+    def after(self, step: int) -> None:
+        """Nothing: headers say it."""
+
+    def complete_gradients(self) -> None:
+        """Nothing: gradients are each agent's own."""
+
+    def ready(self, parameter: torch.Tensor) -> None:
+        """Autograd has added a gradient: a moment to let MPI move data."""
+        self.progress()
+
+    def progress(self) -> bool:
+        """Let MPI move data, for a moment; whether nothing is under way."""
+        return True
+
+    def arrays(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint must hold: nothing, as the agents' vectors say all."""
+        return {}
+
+    def load(self, arrays: dict[str, NDArray[Any]]) -> None:
+        """Take over what `arrays` gave."""
+        for name, tensor in self.arrays().items():
+            tensor.copy_(torch.from_numpy(np.array(arrays[name])))
+
+    def centre(self) -> torch.Tensor | None:
+        """See `Hooks.centre`."""
+        return self.hooks.centre()
+
+    def look(self) -> None:
+        """Nothing: what others wait for is under way by itself."""
+
+    def meet(self) -> None:
+        """Nothing: the agents are at most a few steps apart."""
+
+    def rest(self) -> None:
+        """Nothing: an exchange may stay under way whatever comes between two steps."""
 
 
 class Communication(Protocol):

@@ -104,28 +104,69 @@ def prepare(config: Config, agents: int, one_by_one: bool) -> Start:
     if config.agents.threads >= 1 or not os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(config.agents.threads or len(os.sched_getaffinity(0)))
 
-    seed, optim = config.run.seed, config.optim
     # Whoever loads ahead, and how many, changes no batch: here nobody does.
-    everyone = load_everyone(dataclasses.replace(config.data, workers=0), seed, agents)
-    together = Together(everyone, config.data.batch_size, seed, config.data.drop_last)
+    data = dataclasses.replace(config.data, workers=0)
+    everyone = load_everyone(data, config.run.seed, agents)
+    together = Together(everyone, data.batch_size, config.run.seed, data.drop_last)
     loss_fn = losses.loss_function(config.model)
 
     def build(j: int) -> nn.Module:
-        seed_generators(seed, 0 if config.agents.init == "broadcast" else j + 1)
+        local = config.agents.init == "local"
+        seed_generators(config.run.seed, j + 1 if local else 0)
         return models.build(config.model, everyone.input_shape, everyone.classes)
 
     model = build(0)
     few = np.arange(min(2, len(everyone.test)))
     evaluate(model, everyone.test, loss_fn, len(few), few)
+    algorithm, hyperparameters = _algorithm(config, together, agents)
     mixed = _mixed(model, config.model.buffers)
+    layout, flat = _memory(config, model, build, mixed, agents)
+    stack = _stack(config, layout, flat, mixing, algorithm)
+    torch_steps = None
+    if is_torch(config.optim):
+        torch_steps = TorchSteps(layout, flat, lambda own: torch_optimizer(config.optim, own))
+    trial = Trial("the command line asks for it")
+    if not one_by_one:
+        few_agents = range(min(2, agents))
+        trial = try_out(model, loss_fn, layout, flat, together.minibatches(0, 0, few_agents))
+    # Where gradients are averaged it is the mean's norm that is clipped.
+    clip_norm = 0.0 if algorithm.over == GRADIENTS else config.optim.clip_norm
+    population: ManyAtATime | OneByOne
+    if trial.why_not:
+        log.info("the agents' gradients are computed one by one: %s", trial.why_not)
+        models_N = _models(config, model, build, agents)
+        seed = config.run.seed
+        population = OneByOne(models_N, model, loss_fn, stack, mixed, clip_norm, seed)
+    else:
+        population = ManyAtATime(model, loss_fn, layout, stack, clip_norm, trial)
+    return Start(
+        mixing, everyone.test, together, model, loss_fn, layout, stack, population,
+        hyperparameters, algorithm.settings.coefficients, trial.why_not, torch_steps,
+    )  # fmt: skip
+
+
+def _memory(
+    config: Config,
+    model: nn.Module,
+    build: Callable[[int], nn.Module],
+    mixed: frozenset[str],
+    agents: int,
+) -> tuple[Arena, torch.Tensor]:
+    """The layout of a row, and what the agents begin with, shape (N, D)."""
     own = [buffer for name, buffer in model.named_buffers() if name in mixed]
     layout = Arena(list(model.parameters()), own)
     flat = layout.flat.repeat(agents, 1)
     if config.agents.init == "local":
         for j in range(1, agents):
             _copy(build(j), mixed, layout.views_of(flat[j]))
-    algorithm, hyperparameters = _algorithm(config, together, agents)
-    stack = Rows(
+    return layout, flat
+
+
+def _stack(
+    config: Config, layout: Arena, flat: torch.Tensor, mixing: Mixing, algorithm: Algorithm
+) -> Rows:
+    """The agents' memory, and the verbs over it."""
+    return Rows(
         layout,
         flat,
         mixing,
@@ -133,32 +174,21 @@ def prepare(config: Config, agents: int, one_by_one: bool) -> Start:
         wire=config.exchange.wire,
         messages=config.exchange.transport == "neighbor",
         measuring=config.run.theory,
-        clip_norm=optim.clip_norm,
+        clip_norm=config.optim.clip_norm,
         is_ordered=config.exchange.sums == "ordered",
+        has_moved=is_torch(config.optim),
     )
-    torch_steps = None
-    if is_torch(optim):
-        torch_steps = TorchSteps(layout, flat, lambda own: torch_optimizer(optim, own))
-        stack.has_moved = True
-    clip_norm = 0.0 if algorithm.over == GRADIENTS else optim.clip_norm  # there the mean's
-    trial = Trial("the command line asks for it")
-    if not one_by_one:
-        few_agents = range(min(2, agents))
-        trial = try_out(model, loss_fn, layout, flat, together.minibatches(0, 0, few_agents))
-    population: ManyAtATime | OneByOne
-    if trial.why_not:
-        log.info("the agents' gradients are computed one by one: %s", trial.why_not)
-        of_agents = [build(j) for j in range(agents)]
-        if config.agents.init == "broadcast":
-            for other in of_agents:
-                other.load_state_dict(model.state_dict())
-        population = OneByOne(of_agents, model, loss_fn, stack, mixed, clip_norm, seed)
-    else:
-        population = ManyAtATime(model, loss_fn, layout, stack, clip_norm, trial)
-    return Start(
-        mixing, everyone.test, together, model, loss_fn, layout, stack, population,
-        hyperparameters, algorithm.settings.coefficients, trial.why_not, torch_steps,
-    )  # fmt: skip
+
+
+def _models(
+    config: Config, model: nn.Module, build: Callable[[int], nn.Module], agents: int
+) -> list[nn.Module]:
+    """A model for each agent, where they go one by one."""
+    of_agents = [build(j) for j in range(agents)]
+    if config.agents.init == "broadcast":
+        for other in of_agents:
+            other.load_state_dict(model.state_dict())
+    return of_agents
 
 
 def _algorithm(

@@ -15,16 +15,16 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from mpi4py import MPI
 from numpy.typing import NDArray
 
 from mpicdsgd.comm import shutdown
 from mpicdsgd.comm.agents import Agents
-from mpicdsgd.comm.communication import Hooks, NoHooks
+from mpicdsgd.comm.communication import Hooks, NoHooks, Quiet
 from mpicdsgd.comm.exchange import header as hd
 from mpicdsgd.comm.exchange.errors import AgentFault, AgentLeft, AgentMissing, OutOfStep
 from mpicdsgd.comm.exchange.header import NEVER, Fault, Header, Reason
+from mpicdsgd.comm.exchange.notices import Notices
 from mpicdsgd.comm.exchange.progress_thread import Helper
 from mpicdsgd.comm.exchange.transport import Carrier, Edge
 from mpicdsgd.common.patience import Patience
@@ -41,7 +41,7 @@ _INTERRUPTED = (
 _kept: list[Carrier] = []  # with their buffers: MPI may yet write into them
 
 
-class Exchange:
+class Exchange(Notices, Quiet):
     """What this agent shows its neighbours, and what it sees of them.
 
     `post` and `wait` alternate; between them `published` must not be written. Between `wait` and
@@ -68,27 +68,19 @@ class Exchange:
     def __init__(
         self, agents: Agents, carrier: Carrier, timeout_s: float, by_thread: bool = False
     ) -> None:
+        super().__init__(agents.rank, agents.graph.diameter)
         self._carrier = carrier
         self.hooks: Hooks = NoHooks()
         self._helper = Helper(carrier.advance) if by_thread else None
         self._all: MPI.Intracomm = agents.comm.Dup()
-        self._rank = agents.rank
         self._destinations = agents.destinations
         self._sources = [turn.sources for turn in agents.turns]
-        self._diameter = agents.graph.diameter
         self._timeout_s = timeout_s
         self._generation = agents.generation
-        self.stop_step = NEVER
-        self.stops_within = self._diameter + 1
-        self.fault = Fault()
-        self.fault_raised = False
         self.wait_s = 0.0
         self.bytes_sent = 0
-        self._stop_wanted = False
-        self._found: tuple[Reason, int | None] | None = None
         self._left: tuple[int, int] | None = None  # (steps, agent) of the first that left
         self._posted = 0
-        self._step = 0
         self._turn = 0
         self._under_way = False
         self._closed = self._is_busy = False
@@ -108,28 +100,6 @@ class Exchange:
     def edges(self) -> list[Edge]:
         return self._carrier.edges
 
-    def request_stop(self) -> None:
-        """Have all agents stop after the same step. Local, also in a signal handler."""
-        self._stop_wanted = True  # the tuple is made in post(), where the step is certain
-
-    @property
-    def stop_wanted(self) -> bool:
-        """Whether a stop was asked for here, or is known to have been elsewhere."""
-        return self._stop_wanted or self.stop_step < NEVER
-
-    @property
-    def fault_known(self) -> Fault:
-        """`fault`, or one found here that the next post will tell, if that is less."""
-        return self.fault if self._found is None else min(self.fault, self._own_fault(self._step))
-
-    def report(self, reason: Reason, at: int | None = None) -> None:
-        """Have all agents raise the fault after the same step. Local.
-
-        Args:
-            at: completed steps when it happened; None: those of the next post.
-        """
-        self._found = self._found or (reason, at)
-
     def post(
         self, step: int, mixing_round: int = 0, turn: int = 0, numbers: tuple[float, ...] = ()
     ) -> None:
@@ -139,22 +109,11 @@ class Exchange:
             mixing_round: of this step; ``turn``: of the cycle of mixing matrices, for this round.
             numbers: at most `header.NUMBERS`, float64.
         """
-        if self._stop_wanted:
-            self.stop_step = min(self.stop_step, step + self._diameter)
-            self._stop_wanted = False
-        if self._found:
-            self.fault = min(self.fault, self._own_fault(step))
-            self._found = None
+        self.tell(step)
         header = Header(
             step, mixing_round, self._generation, self.stop_step, self.fault, numbers=numbers
         )
         self._post(header, turn)
-
-    def begin(self, step: int) -> None:
-        """Nothing: who works over it posts."""
-
-    def after(self, step: int) -> None:
-        """Nothing: headers say it."""
 
     @contextlib.contextmanager
     def uninterrupted(self) -> Iterator[None]:
@@ -164,13 +123,6 @@ class Exchange:
         self._is_busy = True
         yield
         self._is_busy = False
-
-    def complete_gradients(self) -> None:
-        """Nothing: gradients are each agent's own."""
-
-    def ready(self, parameter: torch.Tensor) -> None:
-        """Autograd has added a gradient: a moment to let MPI move data."""
-        self.progress()
 
     def withdraw(self, step: int) -> None:
         """End the exchange under way without using what comes, as parameters are to be changed."""
@@ -182,26 +134,6 @@ class Exchange:
     def numbers(self) -> list[tuple[float, ...]]:
         """What came beside the buffers that `wait` gave, in the same order."""
         return [self._numbers[agent] for agent in self._sources[self._turn]]
-
-    def arrays(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint must hold: nothing, as x says all."""
-        return {}
-
-    def load(self, arrays: dict[str, NDArray[Any]]) -> None:
-        """Take over what `arrays` gave."""
-
-    def centre(self) -> torch.Tensor | None:
-        """A model beside the agents' own, if the algorithm has one."""
-        return self.hooks.centre()
-
-    def look(self) -> None:
-        """Nothing: what others wait for is under way by itself."""
-
-    def meet(self) -> None:
-        """Nothing: the agents are at most a few steps apart."""
-
-    def rest(self) -> None:
-        """Nothing: an exchange may stay under way whatever comes between two steps."""
 
     def progress(self) -> bool:
         """Let MPI move data, for a moment; whether nothing is under way any more.
@@ -282,8 +214,7 @@ class Exchange:
             helper.stop()
         self.before_closing()
         self.before_closing = _nothing  # it refers to who refers to this: memory is given back now
-        if self._found:  # after the last post
-            self.fault = min(self.fault, self._own_fault(self._step))
+        self.tell_at_last()
         everybody_closes = self._all.Ibarrier()
         patience = Patience(self._timeout_s)
         while not everybody_closes.Test():
@@ -335,11 +266,6 @@ class Exchange:
                 raise AgentMissing(self._missing())
             yield
         return rows
-
-    def _own_fault(self, step: int) -> Fault:
-        assert self._found is not None
-        reason, at = self._found
-        return Fault(step + self._diameter, step if at is None else at, reason, self._rank)
 
     def _post(self, header: Header, turn: int) -> None:
         assert not self._under_way, "post() before wait()"

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from mpicdsgd.comm import shutdown
 from mpicdsgd.comm.agents import Agents
-from mpicdsgd.comm.communication import Hooks, NoHooks
+from mpicdsgd.comm.communication import Hooks, NoHooks, Quiet
 from mpicdsgd.comm.exchange.errors import AgentFault, AgentLeft
 from mpicdsgd.comm.exchange.header import Fault, Reason
 from mpicdsgd.comm.links.notices import Signals
@@ -51,7 +51,7 @@ class Part(Protocol):
         """As `rest`, for the last time, yielding while there is something to wait for."""
 
 
-class Assembly:
+class Assembly(Quiet):
     """See the module and `communication.Communication`. Making one is collective over ``agents``.
 
     Args:
@@ -108,12 +108,6 @@ class Assembly:
     def numbers(self) -> list[tuple[float, ...]]:
         return []
 
-    def complete_gradients(self) -> None:
-        pass
-
-    def ready(self, parameter: torch.Tensor) -> None:
-        self.progress()
-
     def progress(self) -> bool:
         self._signals.progress()
         return all([part.progress() for part in self.parts])  # noqa: C419 - each of them
@@ -125,16 +119,6 @@ class Assembly:
         for part in self.parts:
             part.rest()
         self.hooks.rest()
-
-    def centre(self) -> torch.Tensor | None:
-        return self.hooks.centre()
-
-    def arrays(self) -> dict[str, torch.Tensor]:
-        return {}
-
-    def load(self, arrays: dict[str, NDArray[Any]]) -> None:
-        for name, tensor in self.arrays().items():
-            tensor.copy_(torch.from_numpy(np.array(arrays[name])))
 
     def free(self) -> None:
         """Give back communicators and memory."""
