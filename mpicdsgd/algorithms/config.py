@@ -90,7 +90,7 @@ def settings_of(config: OptimConfig) -> Any:
         return kind.Settings(lr=config.lr)
     names = registry.setting_names(kind)
     values = {name: getattr(config, name) for name in names if hasattr(config, name)}
-    if kind.name not in NAMES:
+    if ":" in config.name:  # whatever it calls itself
         unknown = [key for key in config.args if key not in names or key in ("lr", "weight_decay")]
         if unknown:
             raise UserError(

@@ -302,13 +302,15 @@ class AgentContext:
         factor: NDArray[np.float64] | float = 1.0,
         publish: bool = True,
         moved: bool = False,
+        of: str = "",
     ) -> None:
         slot = self._slots.get(out, -1)
-        near, weights = self._near(mix, weight, slot)
+        of_slot = self._slots[of] if of else slot
+        near, weights = self._near(mix, weight, of_slot)
         if not near and mix is not None and not gradient and not isinstance(mix, Received):
             return  # of weight 0: this agent's row is left alone
-        p, q = self._published(slot, near, publish)
-        segments = self._segments(gradient, factor, moved, has_q=q is not None)
+        p, q = self._published(slot, of_slot, near, publish)
+        segments = self._segments(gradient, factor, moved or bool(of), has_q=q is not None)
         is_local = gradient is True  # the local step, in its place
         is_at_x = slot == 0 and isinstance(mix, Received) and self._at_x is None
         out_D = self._flat(out)
@@ -429,23 +431,26 @@ class AgentContext:
         if mix is None:
             return [], _NONE
         if isinstance(mix, Received):
-            near = mix.near[0]
-            return near if self._is_one else [self._part(n, slot) for n in near], mix.weights[0]
+            near, weights = mix.near[0], mix.weights[0]
+            scaled = weights if weight == 1.0 else weights * np.float32(weight)
+            return near if self._is_one else [self._part(n, slot) for n in near], scaled
         one = np.array([weight], np.float32).reshape(1)
         row = mix[0]
         address = row.numpy() if row.device.type == "cpu" else row.data_ptr()
         return ([address], one) if one[0] != 0 else ([], _NONE)
 
-    def _published(self, slot: int, near: list[Any], publish: bool) -> tuple[Any, Any]:
+    def _published(
+        self, slot: int, of_slot: int, near: list[Any], publish: bool
+    ) -> tuple[Any, Any]:
         """What a pass writes for the neighbours, and what they saw of this agent last."""
         if not self.communication.carries_values:
             return None, self.before if near else None
-        if slot < 0:
+        if of_slot < 0:
             return None, None
         p, q = self.communication.published, self.communication.previous
         if not self._is_one:
-            p, q = self._part(p, slot), self._part(q, slot)
-        return p if publish else None, q
+            p, q = self._part(p, slot), self._part(q, of_slot)
+        return p if publish and slot >= 0 else None, q
 
     def _part(self, buffer: Any, slot: int) -> Any:
         """The part of a published buffer that a sent vector has."""

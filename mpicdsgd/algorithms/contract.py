@@ -159,19 +159,22 @@ class Context(Protocol):
         factor: NDArray[np.float64] | float = 1.0,
         publish: bool = True,
         moved: bool = False,
+        of: str = "",
     ) -> None:
         """One fused pass: out <- start + sum_l w_l (received_l - own) - alpha gradient.
 
         Args:
             out: the vector to write; start: where to begin, out itself by default.
-            mix: what was received; or a vector, to be mixed in with ``weight`` (one for all agents,
-                or one for each, of which 0 leaves a row alone).
+            mix: what was received, times ``weight`` (a number); or a vector, to be mixed in with
+                ``weight`` (one for all agents, or one for each, of which 0 leaves a row alone).
             gradient: True: the local step with this minibatch's gradient, once in a step; a
                 vector's name: alpha times that vector.
             factor: of the step size, one for each agent.
             publish: False where ``out`` will have changed before it is published.
             moved: whether ``start`` has changed since it was published: then what was published is
                 what the neighbours' values are compared with.
+            of: which of the vectors in `Algorithm.sends` ``mix`` means, where it is not ``out``:
+                the neighbours' and the own one as they were published.
         """
 
     def take_gradient(self, into: str) -> None:

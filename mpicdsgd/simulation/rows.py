@@ -223,10 +223,13 @@ class Rows:
         factor: NDArray[np.float64] | float = 1.0,
         publish: bool = True,
         moved: bool = False,
+        of: str = "",
     ) -> None:
         if out == "x" and gradient is not True:
             self._hold_gradients()  # they are of the parameters as they are now
-        a = _Arguments(out, start or out, self._slots.get(out, -1), mix, self._ones, publish, moved)
+        slot = self._slots.get(out, -1)
+        a = _Arguments(out, start or out, slot, mix, self._ones, publish, moved or bool(of))
+        a.of_slot = self._slots[of] if of else slot
         a.weight = np.broadcast_to(np.asarray(weight, np.float32), (self.size,))
         a.factor = np.broadcast_to(np.asarray(factor, np.float32), (self.size,))
         a.is_first = a.slot == 0 and isinstance(mix, Received) and not self._is_at_x
@@ -338,12 +341,15 @@ class Rows:
         weights = _NONE
         if isinstance(a.mix, Received):
             near, weights = a.mix.near[j], a.mix.weights[j]
-            if a.slot > 0:  # `received` has the first slot's
+            if a.weight[j] != 1:
+                weights = weights * a.weight[j]
+            if a.of_slot > 0:  # `received` has the first slot's
                 sources = self._weights[self._turn][1][j]
-                near = [self._read[a.slot][source] for source in sources]
+                near = [self._read[a.of_slot][source] for source in sources]
         elif a.mix is not None and a.weight[j]:
             near, weights = [a.mix[j].numpy()], a.weight[j : j + 1]
-        has_q = a.slot >= 0 and self.algorithm.over == GRAPH
+        over_graph = self.algorithm.over == GRAPH
+        has_q = a.of_slot >= 0 and over_graph
         if a.moved or (not has_q and segments["own"].any()) or a.factor[j] != 1:
             segments = segments.copy()
             if a.moved:
@@ -359,8 +365,8 @@ class Rows:
             at=self._rows["at"][j],
             v=None if a.v is None else a.v[j],
             y=None if a.y is None else a.y[j],
-            p=self._write[a.slot][j] if has_q and a.publish else None,
-            q=self._read[a.slot][j] if has_q else None,
+            p=self._write[a.slot][j] if over_graph and a.slot >= 0 and a.publish else None,
+            q=self._read[a.of_slot][j] if has_q else None,
             neighbours=near,
             weights=weights,
             segments=segments,
@@ -424,6 +430,7 @@ class _Arguments:
     ) -> None:
         self.out, self.start, self.slot, self.mix = out, start, slot, mix
         self.publish, self.moved = publish, moved
+        self.of_slot = slot
         self.factor = self.weight = ones
 
 
