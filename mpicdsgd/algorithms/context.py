@@ -8,38 +8,31 @@ posted when the step is counted and judged, so that headers say how many steps a
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mpicdsgd.algorithms.contract import MAIL, PAIRS, SUMS, Algorithm
-from mpicdsgd.algorithms.measured import Beside, Measured, Passes
-from mpicdsgd.algorithms.received import Received
+from mpicdsgd.algorithms.agent_links import AgentLinks
+from mpicdsgd.algorithms.contract import Algorithm
+from mpicdsgd.algorithms.measured import Beside, Passes
+from mpicdsgd.algorithms.received import Received, weights_of
 from mpicdsgd.algorithms.torch_step import TorchStep
 from mpicdsgd.comm.agents import Agents
 from mpicdsgd.comm.communication import Communication, NoHooks
 from mpicdsgd.comm.exchange.errors import AgentFault
-from mpicdsgd.comm.exchange.header import Reason
 from mpicdsgd.comm.exchange.opening import ExchangeConfig
 from mpicdsgd.comm.exchange.transport import WIRE_DTYPE
-from mpicdsgd.comm.links.allreduce import Sum
-from mpicdsgd.comm.links.assembly import Assembly
-from mpicdsgd.comm.links.mailbox import Mailbox
-from mpicdsgd.comm.links.swap import Swap
 from mpicdsgd.kernels.arena import Arena
-from mpicdsgd.kernels.coefficients import Coefficients
-from mpicdsgd.kernels.update import Outcome, Pass, make_update
+from mpicdsgd.kernels.update import Outcome, Pass
 
 log = logging.getLogger("mpicdsgd")
 
 _NONE = np.empty(0, np.float32)
 
 
-class AgentContext:
+class AgentContext(AgentLinks):
     """See the module and `contract.Context`. Making one is local.
 
     `begin_step`, then `advance` or `begin`; all but these two and `close` are local.
@@ -52,15 +45,8 @@ class AgentContext:
         debug: find writes through ``.data`` too, by a checksum of all parameters each step.
 
     Attributes:
-        steps: steps completed.
         coefficients: of each parameter, set before `advance`.
-        flats: the whole state but for ``steps``, each float32 of shape (D,): x, v where there is
-            momentum, y = x + mu v with look-ahead (the arena then, else the arena is x), and the
-            algorithm's own vectors below "link/".
-        skipped_means_fault: whether a gradient that a pass left out is a loss that is no number.
-        measuring: whether steps add to ``measured``. With several mixing rounds the first one is
-            at x_k, and measured.
-        measured: of the steps whose passes are known to be done; whoever reads it empties it.
+        See `agent_memory.AgentMemory` for the others.
     """
 
     def __init__(
@@ -74,108 +60,30 @@ class AgentContext:
         torch_step: TorchStep | None,
         debug: bool,
     ) -> None:
-        self.arena, self.communication, self.algorithm = arena, communication, algorithm
+        super().__init__(agents, arena, algorithm, communication, config, torch_step, debug)
         self.server: Any = communication
-        self.steps = 0
-        self.skipped_means_fault = self.measuring = False
-        self.measured: list[Measured] = []
         self.size, self.parameters_end = agents.size, arena.parameters_end
         self.ranks = np.array([agents.rank])
         self.neighbours, self.readers = agents.graph.sources, agents.graph.destinations
-        self._agents, self._rank, self._debug, self._torch = agents, agents.rank, debug, torch_step
-        self._update = make_update(agents.gpu, config.wire, config.timeout_s)
-        self._outcomes: deque[Passes] = deque()
-        self._checksum = 0
-        local = algorithm.settings
-        has_momentum = local.has_momentum and torch_step is None
-        self.v = torch.zeros_like(arena.flat) if has_momentum else None
-        self.ahead = arena.flat.clone() if has_momentum and local.look_ahead else None
-        self._own = {name: torch.zeros_like(arena.flat) for name in algorithm.vectors}
-        if algorithm.posts > 1:
-            self._own["mixed"] = torch.empty_like(arena.flat)
-        self._numbers = {
-            name: torch.full((1,), value, dtype=torch.float64)
-            for name, value in algorithm.numbers.items()
-        }
-        self._weights = _weights_of(agents)
+        self._torch = torch_step
+        self._weights = weights_of(agents.mixing, agents.rank)
         self._turn = self._round = 0  # the next publication's number in this step
         self._is_one = len(algorithm.sends) == 1
         self._slots = {name: slot for slot, name in enumerate(algorithm.sends)} | {"mixed": 0}
         self._wire_bytes = np.dtype(WIRE_DTYPE[config.wire]).itemsize
-        self._number_names: tuple[str, ...] = ()
-        self.before: Any = None
         self._fresh = 0  # bits of the slots of `published` that a pass has written
-        self._is_to_post = self._is_loaded = False
+        self._is_to_post = False
+        self._number_names: tuple[str, ...] = ()
         self._sent_numbers: tuple[float, ...] = ()
-        self.coefficients: Sequence[Coefficients] = ()
-        self._gradient: NDArray[np.void] | None = None
-        self._scale: torch.Tensor | None = None
-        self._overflow: torch.Tensor | None = None
-        self._beside: Beside | None = None
+        self.coefficients = ()
+        self._gradient = self._scale = self._overflow = None
         self._made: list[Outcome] = []
         self._at_x: Outcome | None = None
         self._local: Outcome | None = None
-        self._open_parts(config)
-        if not communication.carries_values:
-            arena.segments["own"] = 0  # nothing is published: the difference is to x itself
+        self._open_parts(config, agents)
         communication.hooks = self
-        communication.before_closing = self.settle
-
-    def _open_parts(self, config: ExchangeConfig) -> None:
-        link, size = self.communication, self.arena.size
-        if not isinstance(link, Assembly):
-            return
-        if self.algorithm.over == SUMS:
-            self._sum = Sum(link, size, config.sums == "ordered")
-        elif self.algorithm.over == PAIRS:
-            self._swap = Swap(link, size)
-        elif self.algorithm.over == MAIL:
-            self._mailbox = Mailbox(link, size, self._mail_has_come)
-        self._assembly = link
-
-    # State.
-
-    @property
-    def x(self) -> torch.Tensor:
-        """The agent's parameters, shape (D,)."""
-        return self.arena.flat if self.ahead is None else self.ahead
-
-    @property
-    def flats(self) -> dict[str, torch.Tensor]:
-        flats = {"x": self.x}
-        if self.v is not None:
-            flats["v"] = self.v
-        if self.ahead is not None:
-            flats["y"] = self.arena.flat
-        own = {f"link/{name}": self._own[name] for name in self.algorithm.vectors}
-        numbers = {f"link/{name}": value for name, value in self._numbers.items()}
-        shared = {f"link/{name}": value for name, value in self.communication.arrays().items()}
-        return flats | own | numbers | shared
-
-    def load(self, arrays: dict[str, NDArray[Any]]) -> None:
-        """Take over `flats` of then; `begin` follows. Local."""
-        for name, flat in self.flats.items():
-            flat.copy_(torch.from_numpy(np.array(arrays[name])))
-        prefix = "link/"
-        own = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
-        self.communication.load({name: own[name] for name in self.communication.arrays()})
-        self._is_loaded = True
 
     # The walk of a step.
-
-    def begin_step(self) -> None:
-        """Find out whether the parameters are still ours and as we left them."""
-        moved = self.arena.repair()
-        written = self.arena.changed() or (self._debug and self._checksum != self.arena.checksum())
-        if moved or written:
-            log.error(
-                "agent %d: parameters were changed outside step() since they were last published; "
-                "all agents will stop",
-                self._rank,
-            )
-            self.communication.report(Reason.CHANGED_BY_HAND)
-            self._accept()
-        self._take_buffers()
 
     def advance(
         self,
@@ -196,7 +104,7 @@ class AgentContext:
             ExchangeError: if a neighbour is missing, left or out of step.
         """
         self._gradient, self._scale, self._overflow = segments, scale, overflow
-        self._beside, self._made, self._at_x, self._local = beside, [], None, None
+        self._made, self._at_x, self._local = [], None, None
         with self.communication.uninterrupted():
             self.algorithm.step(self)
             self.steps += 1
@@ -204,7 +112,7 @@ class AgentContext:
                 *others, last = self._made
                 at_x = self._at_x if self.measuring else None
                 self._outcomes.append(
-                    Passes(self.steps, last, tuple(others), self._local, at_x, self._beside)
+                    Passes(self.steps, last, tuple(others), self._local, at_x, beside)
                 )
             self._judge(self._update.lag)
             self._round = 0
@@ -230,16 +138,6 @@ class AgentContext:
             self._accept()
             if self._is_to_post:
                 self._post()
-
-    def keep_x(self) -> None:
-        """Keep x as it is before a torch optimizer's step, where nothing is published."""
-        self._kept = self.x.clone()
-        on_host = self._kept.device.type == "cpu"
-        self.before = self._kept.numpy() if on_host else self._kept.data_ptr()
-
-    def settle(self) -> None:
-        """Learn what became of all passes so far, waiting for a GPU."""
-        self._judge(0)
 
     def close(self) -> None:
         """End the communication. Collective.
@@ -269,9 +167,6 @@ class AgentContext:
     def column(self, numbers: NDArray[np.float64]) -> torch.Tensor:
         rounded = torch.from_numpy(np.asarray(numbers, np.float32)).view(-1, 1)
         return rounded.to(self.arena.flat.device)
-
-    def everyones(self, values: NDArray[Any]) -> NDArray[np.float64]:
-        return self._assembly.everyones(float(values[0]))
 
     def publish(self, **numbers: NDArray[np.float64]) -> None:
         for slot, name in enumerate(self.algorithm.sends):
@@ -365,54 +260,7 @@ class AgentContext:
             self.arena.flat.copy_(values[0])  # v is 0 then
         self._was_written()
 
-    def start_sum(self, values: torch.Tensor) -> None:
-        self._sum.buffer.copy_(values[0])
-        self._sum.start()
-
-    def summed(self) -> torch.Tensor:
-        return self._sum.result().view(1, -1)
-
-    def broadcast(self, values: torch.Tensor) -> None:
-        self._assembly.broadcast(values[0])
-
-    def swap(self, partners: NDArray[np.int64]) -> torch.Tensor:
-        return self._swap.swap(self.x, int(partners[0])).view(1, -1)
-
-    def require_alike(self, name: str, what: str) -> None:
-        end = self.parameters_end if name == "x" else None  # BatchNorm's statistics are their own
-        self._assembly.alike(self._flat(name)[:end], what)
-
-    def add_gradient(self, into: str) -> None:
-        if self._gradient is None or (self._overflow is not None and float(self._overflow)):
-            return
-        scale = 1.0 if self._scale is None else float(self._scale)
-        views = self.arena.views_of(self._flat(into))
-        for parameter, view, one in zip(
-            self.arena.parameters, views, self.coefficients, strict=False
-        ):
-            if parameter.grad is not None:
-                gradient = parameter.grad
-                view.add_(gradient.to_dense() if gradient.is_sparse else gradient, alpha=1 / scale)
-                if one.decay:
-                    view.add_(parameter.detach(), alpha=one.decay)
-
-    def step_sizes(self) -> list[float]:
-        return [one.alpha for one in self.coefficients]
-
-    def read_mail(self) -> None:
-        self._mailbox.read()
-
-    def wait_for_mail_room(self) -> None:
-        self._mailbox.wait_for_room()
-
-    def send_mail(self, to: int, weight: float) -> None:
-        self._mailbox.send(to, self.x, weight)
-
     # What the communication asks: see `communication.Hooks`.
-
-    def look(self) -> None:
-        if self.algorithm.over == MAIL:
-            self.read_mail()  # who waits for this one to receive may be the one that it waits for
 
     def rest(self) -> None:
         self.algorithm.rest(self)
@@ -420,10 +268,10 @@ class AgentContext:
     def centre(self) -> torch.Tensor | None:
         return self.algorithm.centre(self)
 
-    # What the verbs are made of.
+    def _mail_has_come(self, x_D: torch.Tensor, weight: float) -> None:
+        self.algorithm.mail(self, x_D.view(1, -1), weight)
 
-    def _flat(self, name: str) -> torch.Tensor:
-        return self.x if name == "x" else self._own[name]
+    # What the verbs are made of.
 
     def _near(
         self, mix: Received | torch.Tensor | None, weight: Any, slot: int
@@ -495,51 +343,9 @@ class AgentContext:
         rows["decay"] = rows["mu"] = rows["c_v"] = 0.0
         rows["c_g"] = 1.0
 
-    def _mail_has_come(self, x_D: torch.Tensor, weight: float) -> None:
-        self.algorithm.mail(self, x_D.view(1, -1), weight)
-
     def _post(self) -> None:
         """Show what was written; what is read with it is mixed by the matrix of this turn."""
         self._turn = (self.steps * self.algorithm.posts + self._round) % len(self._weights)
         self.communication.post(self.steps, self._round, self._turn, self._sent_numbers)
         self._round += 1
         self._fresh, self._is_to_post = 0, False
-
-    def _was_written(self) -> None:
-        self.arena.written()
-        self._accept()
-
-    def _judge(self, keep: int) -> None:
-        """Report what passes found, but for those of the last ``keep`` steps."""
-        while len(self._outcomes) > keep:
-            passes = self._outcomes.popleft()
-            outcome = passes.local or passes.last
-            if passes.at_x is not None:
-                gradient, penalty = outcome.gradient(), 0.5 * outcome.penalty()
-                if passes.beside is not None:
-                    penalty = float(passes.beside.penalty)
-                    gradient = 0.0 if outcome.skipped() else float(passes.beside.gradient)
-                apart = 0.5 * passes.at_x.disagreement()
-                self.measured.append(
-                    Measured(passes.step - 1, apart, gradient, penalty, outcome.moved())
-                )
-            if not all(one.finite() for one in (passes.last, *passes.others)):
-                self.communication.report(Reason.NON_FINITE, passes.step)
-            elif self.skipped_means_fault and outcome.skipped():
-                self.communication.report(Reason.NON_FINITE_LOSS, passes.step)
-
-    def _take_buffers(self) -> None:
-        """What the forward pass made of mixed buffers, it made in the arena: x has them too."""
-        if self.ahead is not None:
-            end = self.arena.parameters_end
-            self.ahead[end:] = self.arena.flat[end:]
-
-    def _accept(self) -> None:
-        self.arena.accept()
-        self._checksum = self.arena.checksum() if self._debug else 0
-
-
-def _weights_of(agents: Agents) -> list[tuple[float, NDArray[np.float32], NDArray[np.float64]]]:
-    """Of each turn: the own weight, and the neighbours' in float32 and in float64."""
-    rows = [turn.row(agents.rank) for turn in agents.mixing.turns]
-    return [(own, np.array(near, np.float32), np.array(near)) for own, _, near in rows]

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpicdsgd.graphs.mixing_cycle import Mixing
+
 
 class Received:
     """See the module; a step has it from `Context.received`. Each list has an entry for each agent.
@@ -54,3 +56,11 @@ class Received:
         own = [own * self.sent[j][k] / total[j] for j, own in enumerate(self.own)]
         rounded = [weights.astype(np.float32) for weights in exact]
         return Received(self.near, rounded, own, exact, self.names, self.sent, self.beside)
+
+
+def weights_of(
+    mixing: Mixing, rank: int
+) -> list[tuple[float, NDArray[np.float32], NDArray[np.float64]]]:
+    """Of each turn: the agent's own weight, and its neighbours' in float32 and in float64."""
+    rows = [turn.row(rank) for turn in mixing.turns]
+    return [(own, np.array(near, np.float32), np.array(near)) for own, _, near in rows]

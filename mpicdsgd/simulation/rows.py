@@ -1,9 +1,5 @@
 """A step of all agents in one process: the verbs of `contract.Context` over rows.
 
-    N    agents
-    D    elements of one agent's arena, padding included
-    P    two copies (N, S D) of what is published, S vectors: one is read, the other is written
-
 Row j of each array is laid out as agent j's `arena.Arena` is, and each pass over it is the call
 that agent j's `context.AgentContext` makes in a job of N ranks, with the same arguments: the same
 bits. The algorithm's step is the same text in both.
@@ -20,21 +16,21 @@ from numpy.typing import NDArray
 
 from mpicdsgd.algorithms.contract import GRADIENTS, GRAPH, Algorithm
 from mpicdsgd.algorithms.received import Received
-from mpicdsgd.comm.exchange.transport import WIRE_DTYPE
 from mpicdsgd.graphs.mixing_cycle import Mixing
 from mpicdsgd.kernels import native
 from mpicdsgd.kernels.arena import Arena
 from mpicdsgd.kernels.coefficients import Coefficients
 from mpicdsgd.simulation import traffic
 from mpicdsgd.simulation.gradients import Held, Part
+from mpicdsgd.simulation.row_memory import RowMemory
 
 _NONE = np.zeros(0, np.float32)
 
 
-class Rows:
+class Rows(RowMemory):
     """See the module. All methods are local.
 
-    `begin` once, then `advance` for each step.
+    `begin` once, then `advance` for each step. Attributes: see `RowMemory`.
 
     Args:
         layout: an arena of one agent's parameters (and mixed buffers).
@@ -45,16 +41,7 @@ class Rows:
         measuring: keep what a step measures.
         clip_norm: of the mean gradient, where gradients are averaged.
         is_ordered: count the bytes of sums as in agent order, see `comm.links.allreduce.Sum`.
-
-    Attributes:
-        steps: steps completed.
-        flat: float32, shape (N, D), where the models' parameters are.
-        v, ahead: likewise, or None.
-        bytes_sent: by all agents together, as a job would count them.
-        disagreement, gradient, penalty, moved: float64, shape (N,), of this step, as
-            `measured.Measured` has them; only with ``measuring``.
         has_moved: whether a torch optimizer makes the local step: x has changed before the pass.
-        finite: bool, shape (N,), whether all that the last step wrote is.
     """
 
     server: Any = None
@@ -71,70 +58,15 @@ class Rows:
         measuring: bool = False,
         clip_norm: float = 0.0,
         is_ordered: bool = False,
+        has_moved: bool = False,
     ) -> None:
-        n, size = mixing.graph.n, layout.size
-        assert flat.shape == (n, size), "a row for each agent"
-        self.algorithm, self._layout, self._wire = algorithm, layout, wire
-        self._mixing, self._messages, self._clip_norm = mixing, messages, clip_norm
-        self._is_ordered = is_ordered
-        self.ranks, self.size, self.parameters_end = np.arange(n), n, layout.parameters_end
-        self.neighbours, self.readers = mixing.graph.sources, mixing.graph.destinations
-        local = algorithm.settings
-        self.flat = flat
-        self.v = torch.zeros_like(flat) if local.has_momentum else None
-        self.ahead = flat.clone() if local.has_momentum and local.look_ahead else None
-        self._own = {name: torch.zeros_like(flat) for name in algorithm.vectors}
-        if algorithm.posts > 1:
-            self._own["mixed"] = torch.empty_like(flat)
-        self._numbers = {name: np.full(n, value) for name, value in algorithm.numbers.items()}
-        self._rows = {name: _rows(stack) for name, stack in self._own.items()}
-        self._rows |= {"x": _rows(self.x), "at": _rows(self.flat), "v": _rows(self.v)}
-        self._slots = {name: slot for slot, name in enumerate(algorithm.sends)} | {"mixed": 0}
-        dtype = {np.float32: torch.float32, np.uint16: torch.uint16}[WIRE_DTYPE[wire]]
-        over_graph = algorithm.over == GRAPH
-        width = size * len(algorithm.sends) if over_graph else 0
-        copies = [torch.zeros(n, width, dtype=dtype) for _ in range(2)]
-        self._read, self._write = (_slotted(copy, len(algorithm.sends)) for copy in copies)
-        self._weights = [_weights_of(turn) for turn in mixing.turns]
-        self._plain = layout.mix_only_segments()
-        if not over_graph:
-            self._plain["own"] = 0
-        self._measure = len(layout.parameters) if measuring else 0
-        self._turn = self._round = self._fresh = 0
-        self._is_to_post = self._is_gradient_used = self._is_at_x = self._has_local = False
+        super().__init__(layout, flat, mixing, algorithm, wire, messages, measuring, is_ordered)
+        self._clip_norm, self._has_moved = clip_norm, has_moved
+        self._is_gradient_used = self._is_at_x = self._has_local = False
         self._names: tuple[str, ...] = ()
-        self._sent: list[tuple[float, ...]] = [() for _ in range(n)]
-        self._beside: list[tuple[float, ...]] = self._sent
         self._sum: torch.Tensor | None = None
-        self.has_moved = False
-        self._ones = np.ones(n, np.float32)
+        self._ones = np.ones(self.size, np.float32)
         self.coefficients: Coefficients | None = None
-        self.steps = 0
-        self.bytes_sent = 0
-        self.disagreement, self.gradient, self.penalty, self.moved = np.zeros((4, n))
-        self.finite = np.ones(n, np.bool_)
-
-    @property
-    def x(self) -> torch.Tensor:
-        """The agents' parameters (and mixed buffers), shape (N, D)."""
-        return self.flat if self.ahead is None else self.ahead
-
-    @property
-    def flats(self) -> dict[str, torch.Tensor]:
-        """The whole state but for ``steps``, by the names that checkpoints have, a row each."""
-        flats = {"x": self.x}
-        if self.v is not None:
-            flats["v"] = self.v
-        if self.ahead is not None:
-            flats["y"] = self.flat
-        own = {f"link/{name}": self._own[name] for name in self.algorithm.vectors}
-        numbers = self._numbers.items()
-        return flats | own | {f"link/{n}": torch.from_numpy(v[:, None]) for n, v in numbers}
-
-    @property
-    def mixes_buffers(self) -> bool:
-        """Whether rows hold more than parameters: then all forward passes come before a step."""
-        return len(self._layout.tensors) > len(self._layout.parameters)
 
     # The walk of a step.
 
@@ -284,21 +216,6 @@ class Rows:
     def require_alike(self, name: str, what: str) -> None:
         """Nothing: all rows had the same operations."""
 
-    def add_gradient(self, into: str) -> None:
-        raise NotImplementedError(_ALONE)
-
-    def step_sizes(self) -> list[float]:
-        raise NotImplementedError(_ALONE)
-
-    def read_mail(self) -> None:
-        raise NotImplementedError(_ALONE)
-
-    def wait_for_mail_room(self) -> None:
-        raise NotImplementedError(_ALONE)
-
-    def send_mail(self, to: int, weight: float) -> None:
-        raise NotImplementedError(_ALONE)
-
     # What the verbs are made of.
 
     def _gradients(self) -> Iterable[tuple[int, NDArray[np.void]]]:
@@ -313,7 +230,7 @@ class Rows:
         a.v = self._rows["v"]
         a.y = self._rows["at"] if self.ahead is not None else None
         a.is_local = self._has_local = True
-        a.moved = a.moved or self.has_moved
+        a.moved = a.moved or self._has_moved
         rest = np.ones(self.size, np.bool_)
         for j, segments in self._gradients():
             self._pass(a, j, segments)
@@ -392,23 +309,6 @@ class Rows:
         rows["decay"] = rows["mu"] = rows["c_v"] = 0.0
         return segments
 
-    def _post(self) -> None:
-        self._read, self._write = self._write, self._read
-        self._turn = (self.steps * self.algorithm.posts + self._round) % len(self._weights)
-        self._beside = self._sent
-        size = self._layout.size * len(self.algorithm.sends)
-        self.bytes_sent += traffic.of_post(
-            self._mixing, self._turn, size, self._wire, self._messages
-        )
-        self._round += 1
-        self._fresh, self._is_to_post = 0, False
-
-    def _take_buffers(self) -> None:
-        """What the forward pass made of mixed buffers, it made in `flat`: x has them too."""
-        if self.ahead is not None:
-            end = self._layout.parameters_end
-            self.ahead[:, end:] = self.flat[:, end:]
-
 
 class _Arguments:
     """Of an `update`, for the pass of each row."""
@@ -432,24 +332,3 @@ class _Arguments:
         self.publish, self.moved = publish, moved
         self.of_slot = slot
         self.factor = self.weight = ones
-
-
-_ALONE = "asynchronous algorithms are not simulated"
-
-
-def _rows(stack: torch.Tensor | None) -> Any:
-    """The rows as arrays, made once: a view takes as long to make as a small pass takes."""
-    return None if stack is None else list(stack.numpy())
-
-
-def _slotted(copy: torch.Tensor, slots: int) -> list[Any]:
-    """Rows of each published vector: one of (N, S D) in S lists."""
-    return [list(part.numpy()) for part in copy.chunk(slots, dim=1)]
-
-
-def _weights_of(turn: Any) -> tuple[list[float], list[Any], list[Any], list[Any]]:
-    """Of one matrix: own weights, sources, and the weights of these in float32 and in float64."""
-    rows = [turn.row(j) for j in range(turn.graph.n)]
-    near = [sources for _, sources, _ in rows]
-    exact = [np.array(weights) for _, _, weights in rows]
-    return [own for own, _, _ in rows], near, [np.array(w, np.float32) for w in exact], exact

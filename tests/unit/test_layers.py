@@ -30,11 +30,6 @@ MOST_LINES_OF_A_FILE = 350
 MOST_LINES_OF_A_FUNCTION = 60
 LONG = {  # files and functions that are longer, and why
     "kernels/native/dispatch.py: update": "40 lines say what is computed, and on what",
-    "comm/exchange/exchange.py": "to go: the exchange is being rewritten",
-    "algorithms/context.py": "to go: the algorithms are being rewritten",
-    "algorithms/named.py": "to go: likewise",
-    "simulation/start.py: prepare": "to go: the simulation is being rewritten",
-    "simulation/rows.py": "to go: likewise",
 }
 
 

@@ -8,27 +8,27 @@ from pathlib import Path
 
 import pytest
 
-from mpicdsgd.algorithms import cdmsgd, cdsgd, downpour, easgd, fedavg, gossip, sgd
 from mpicdsgd.algorithms import config as settings
+from mpicdsgd.algorithms import named, registry
 from mpicdsgd.algorithms.config import OptimConfig
 from mpicdsgd.common.errors import UserError
 from mpicdsgd.runs.config import Config, check, load_config
 from mpicdsgd.runs.toml_config import write_toml
 
 CLASSES = {
-    "cdsgd": cdsgd.CDSGD,
-    "cdmsgd": cdmsgd.CDMSGD,
-    "sgd": sgd.SGD,
-    "msgd": sgd.MSGD,
-    "fedavg": fedavg.FedAvg,
-    "easgd": easgd.EASGD,
-    "eamsgd": easgd.EAMSGD,
-    "downpour": downpour.Downpour,
-    "gossip": gossip.GossipSGD,
-    "gosgd": gossip.GoSGD,
+    "cdsgd": named.CDSGD,
+    "cdmsgd": named.CDMSGD,
+    "sgd": named.SGD,
+    "msgd": named.MSGD,
+    "fedavg": named.FedAvg,
+    "easgd": named.EASGD,
+    "eamsgd": named.EAMSGD,
+    "downpour": named.Downpour,
+    "gossip": named.GossipSGD,
+    "gosgd": named.GoSGD,
 }
 ONLY = {
-    "optim.rounds=1": "optim.rounds = 1 is for cdsgd, cdmsgd and icdsgd only, not {}: leave it out",
+    "optim.rounds=1": "optim.rounds = 1 is for cdsgd, icdsgd and cdmsgd only, not {}: leave it out",
     "optim.local_epochs=1": "is for fedavg only, not {}",
     "optim.fraction=1.0": "is for fedavg only, not {}",
     "optim.server_momentum=0": "is for fedavg only, not {}",
@@ -79,7 +79,8 @@ def test_on_the_command_line_a_setting_of_another_is_refused_at_its_default(
     tmp_path: Path, name: str, given: str
 ) -> None:
     key = given.partition("=")[0].removeprefix("optim.")
-    if name in (settings._ONLY_OF | settings._MOMENTUM_OF)[key]:
+    kind = registry.find(name)
+    if kind is not None and key in registry.setting_names(kind) and key not in kind.fixed:
         assert load(tmp_path, "", f"optim.name={name}", given).optim.name == name
         return
     with pytest.raises(UserError) as error:
@@ -116,7 +117,11 @@ def test_classes_have_the_configs_defaults() -> None:
             if key not in {f.name for f in dataclasses.fields(OptimConfig)}:
                 continue
             if parameter.default in (inspect.Parameter.empty, None):
-                assert (kind.__name__, key) in {("FedAvg", "period"), ("EASGD", "elasticity")}
+                assert (kind.__name__, key) in {
+                    ("FedAvg", "period"),
+                    ("EASGD", "elasticity"),
+                    ("EAMSGD", "elasticity"),
+                }
                 continue
             assert parameter.default == getattr(config, key), f"{kind.__name__}, {key}"
             seen.add(key)
@@ -130,7 +135,8 @@ def test_who_uses_what() -> None:
         return {name for name in [*settings.NAMES, "torch.optim:AdamW"]
                 if what(OptimConfig(name=name))}  # fmt: skip
 
-    by_matrix = {"cdsgd", "cdmsgd", "icdsgd", "torch.optim:AdamW"}
+    by_matrix = {"cdsgd", "cdmsgd", "icdsgd", "gradient-tracking", "push-sum"}
+    by_matrix |= {"torch.optim:AdamW"}
     assert those(settings.mixes_by_matrix) == by_matrix
     assert those(settings.uses_graph) == by_matrix | {"gossip", "gosgd"}
     assert those(settings.needs_server) == {"downpour"}
