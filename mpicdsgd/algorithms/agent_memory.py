@@ -23,6 +23,12 @@ from mpicdsgd.kernels.update import make_update
 log = logging.getLogger("mpicdsgd")
 
 
+_INTERRUPTED = (
+    "the last step was interrupted by an exception: the agents are out of step, end the job and go "
+    "on from a checkpoint"
+)
+
+
 class AgentMemory:
     """See the module; `context.AgentContext` works on it. Making one is local.
 
@@ -55,7 +61,7 @@ class AgentMemory:
         self._update = make_update(agents.gpu, config.wire, config.timeout_s)
         self._outcomes: deque[Passes] = deque()
         self._checksum = 0
-        self._is_loaded = False
+        self._is_loaded = self._is_busy = False
         local = algorithm.settings
         has_momentum = local.has_momentum and torch_step is None
         self.v = torch.zeros_like(arena.flat) if has_momentum else None
@@ -115,6 +121,18 @@ class AgentMemory:
             self.communication.report(Reason.CHANGED_BY_HAND)
             self._accept()
         self._take_buffers()
+
+    def withdraw(self) -> None:
+        """Have nothing under way, as parameters are to be changed. Collective."""
+        if self._is_busy:
+            raise RuntimeError(_INTERRUPTED)
+        self.communication.withdraw(self.steps)
+
+    def _enter(self) -> None:
+        """Begin what an exception would leave half done: then nothing follows it."""
+        if self._is_busy:
+            raise RuntimeError(_INTERRUPTED)
+        self._is_busy = True
 
     def keep_x(self) -> None:
         """Keep x as it is before a torch optimizer's step, where nothing is published."""

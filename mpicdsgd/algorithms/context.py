@@ -1,4 +1,4 @@
-"""A step in a job: the verbs of `contract.Context` for one agent, its memory and its passes.
+"""A step in a job: the verbs of `contract.Context` for one agent.
 
 The exchange of step k is under way while the user computes the gradient of step k. On a GPU a pass
 is only given to the stream here; nothing waits for it. What is published at the end of a step is
@@ -7,7 +7,6 @@ posted when the step is counted and judged, so that headers say how many steps a
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import numpy as np
@@ -26,8 +25,6 @@ from mpicdsgd.comm.exchange.opening import ExchangeConfig
 from mpicdsgd.comm.exchange.transport import WIRE_DTYPE
 from mpicdsgd.kernels.arena import Arena
 from mpicdsgd.kernels.update import Outcome, Pass
-
-log = logging.getLogger("mpicdsgd")
 
 _NONE = np.empty(0, np.float32)
 
@@ -105,20 +102,20 @@ class AgentContext(AgentLinks):
         """
         self._gradient, self._scale, self._overflow = segments, scale, overflow
         self._made, self._at_x, self._local = [], None, None
-        with self.communication.uninterrupted():
-            self.algorithm.step(self)
-            self.steps += 1
-            if self._made:
-                *others, last = self._made
-                at_x = self._at_x if self.measuring else None
-                self._outcomes.append(
-                    Passes(self.steps, last, tuple(others), self._local, at_x, beside)
-                )
-            self._judge(self._update.lag)
-            self._round = 0
-            if self._is_to_post:
-                self._post()
-            self.communication.after(self.steps)
+        self._enter()
+        self.algorithm.step(self)
+        self.steps += 1
+        if self._made:
+            *others, last = self._made
+            at_x = self._at_x if self.measuring else None
+            made = Passes(self.steps, last, tuple(others), self._local, at_x, beside)
+            self._outcomes.append(made)
+        self._judge(self._update.lag)
+        self._round = 0
+        if self._is_to_post:
+            self._post()
+        self.communication.after(self.steps)
+        self._is_busy = False
         if self.communication.fault.step <= self.steps:
             self.communication.fault_raised = True
             self.communication.meet()
@@ -128,16 +125,17 @@ class AgentContext(AgentLinks):
         """Have the algorithm take the parameters as they are; nothing is under way. Collective."""
         self._take_buffers()
         self._made, self._round = [], 0
-        with self.communication.uninterrupted():
-            self.communication.begin(self.steps)
-            self.algorithm.begin(self, not self._is_loaded)
-            self._is_loaded = False
-            if self._made:
-                self._outcomes.append(Passes(self.steps, self._made[-1], tuple(self._made[:-1])))
-            self.settle()
-            self._accept()
-            if self._is_to_post:
-                self._post()
+        self._enter()
+        self.communication.begin(self.steps)
+        self.algorithm.begin(self, not self._is_loaded)
+        self._is_loaded = False
+        if self._made:
+            self._outcomes.append(Passes(self.steps, self._made[-1], tuple(self._made[:-1])))
+        self.settle()
+        self._accept()
+        if self._is_to_post:
+            self._post()
+        self._is_busy = False
 
     def close(self) -> None:
         """End the communication. Collective.
@@ -270,6 +268,9 @@ class AgentContext(AgentLinks):
 
     def _mail_has_come(self, x_D: torch.Tensor, weight: float) -> None:
         self.algorithm.mail(self, x_D.view(1, -1), weight)
+        if not self._is_busy:  # between two steps
+            self._outcomes.extend(Passes(self.steps, made) for made in self._made)
+            self._made = []
 
     # What the verbs are made of.
 

@@ -127,7 +127,7 @@ class AgentOptimizer(OpenOptimizer):
         With look-ahead momentum the values in the model are y, and x becomes y - mu v.
         """
         self._require_open()
-        self.exchange.withdraw(self.steps)
+        self.context.withdraw()
         self.arena.repair()
         self.settle()
         if self.context.ahead is not None:

@@ -108,7 +108,7 @@ class OpenOptimizer(torch.optim.Optimizer):
     def load_arrays(self, steps: int, arrays: dict[str, NDArray[Any]]) -> None:
         """Take over what `arrays` gave after ``steps`` steps, and publish it. Collective."""
         self._require_open()
-        self.exchange.withdraw(self.steps)
+        self.context.withdraw()
         self.settle()
         if self._torch is not None:
             self._torch.load(self.arena, arrays)
@@ -146,7 +146,7 @@ class OpenOptimizer(torch.optim.Optimizer):
         else:
             self._torch.optimizer.load_state_dict(state_dict)
             self.param_groups = self._torch.optimizer.param_groups
-        self.exchange.withdraw(self.steps)
+        self.context.withdraw()
         self.settle()
         self.arena.repair()
         if self._torch is None:
@@ -194,7 +194,7 @@ class OpenOptimizer(torch.optim.Optimizer):
         for parameter, flats in kept.items():
             for name, value in flats.items():
                 now[parameter][name].copy_(value)
-        self.exchange.withdraw(self.steps)
+        self.context.withdraw()
         self.context.begin()
 
     def _per_parameter(self) -> dict[torch.Tensor, dict[str, torch.Tensor]]:

@@ -8,7 +8,6 @@ spread, how waiting is bounded and how all end is the same to whoever uses them.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -150,9 +149,6 @@ class Communication(Protocol):
 
     def after(self, step: int) -> None:
         """Step ``step`` is completed."""
-
-    def uninterrupted(self) -> contextlib.AbstractContextManager[None]:
-        """A block that an exception leaves half done: the next one raises a RuntimeError."""
 
     def complete_gradients(self) -> None:
         """Have everybody's mean in every ``.grad``. Collective, before every step."""

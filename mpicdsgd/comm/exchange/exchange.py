@@ -33,11 +33,6 @@ log = logging.getLogger("mpicdsgd")
 
 _GRACE_S = 1.0  # how long close() waits for the others before it tells them that it left
 
-_INTERRUPTED = (
-    "no exchange is under way: the last step was interrupted by an exception, or this is a forked "
-    "child process"
-)
-
 _kept: list[Carrier] = []  # with their buffers: MPI may yet write into them
 
 
@@ -83,7 +78,7 @@ class Exchange(Notices, Quiet):
         self._posted = 0
         self._turn = 0
         self._under_way = False
-        self._closed = self._is_busy = False
+        self._closed = False
         self._numbers: dict[int, tuple[float, ...]] = {}  # of each peer, in the last post
         self.before_closing: Callable[[], None] = _nothing
         shutdown.watch(self)
@@ -115,19 +110,8 @@ class Exchange(Notices, Quiet):
         )
         self._post(header, turn)
 
-    @contextlib.contextmanager
-    def uninterrupted(self) -> Iterator[None]:
-        """A block that an exception leaves half done: the next one raises a RuntimeError."""
-        if self._is_busy:
-            raise RuntimeError(_INTERRUPTED)
-        self._is_busy = True
-        yield
-        self._is_busy = False
-
     def withdraw(self, step: int) -> None:
         """End the exchange under way without using what comes, as parameters are to be changed."""
-        if self._is_busy:
-            raise RuntimeError(_INTERRUPTED)
         if self._under_way:
             self.wait(step)
 
@@ -154,7 +138,9 @@ class Exchange(Notices, Quiet):
             RuntimeError: if the step before was interrupted, or in a forked child.
         """
         if not self._under_way or not shutdown.is_rank():
-            raise RuntimeError(_INTERRUPTED)
+            raise RuntimeError(
+                "no exchange is under way: nothing was published, or this is a forked child process"
+            )
         start = time.perf_counter()
         if self._helper is not None:
             self._helper.end()

@@ -7,7 +7,6 @@ stop and a fault spread, how all end and what is counted is here.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import zlib
 from collections.abc import Callable, Iterator
@@ -86,7 +85,7 @@ class Assembly(Quiet):
         self._closing: MPI.Intracomm = agents.comm.Dup()  # ranks may close at different steps
         self._left: NDArray[np.int64] | None = None
         self._leavers: dict[int, int] = {}  # agents that told so, and after which step
-        self._closed = self._is_busy = False
+        self._closed = False
         shutdown.watch(self)
 
     def begin(self, step: int) -> None:
@@ -229,17 +228,6 @@ class Assembly(Quiet):
     def together(self) -> None:
         """Wait until all agents are here. Collective."""
         self.waiter.wait(self.comm.Ibarrier(), "the other agents")
-
-    @contextlib.contextmanager
-    def uninterrupted(self) -> Iterator[None]:
-        if self._is_busy:
-            raise RuntimeError(
-                "the last step was interrupted by an exception: the agents are out of step, end "
-                "the job and go on from a checkpoint"
-            )
-        self._is_busy = True
-        yield
-        self._is_busy = False
 
     def counted(self, bytes_: int) -> None:
         """Count a sum over all agents of so many bytes."""
