@@ -42,22 +42,31 @@ class AgentLinks(AgentMemory):
         self._assembly = link
 
     def everyones(self, values: NDArray[Any]) -> NDArray[np.float64]:
+        self._walk.require_no_graph("everyones()")
         return self._assembly.everyones(float(values[0]))
 
     def start_sum(self, values: torch.Tensor) -> None:
+        self._walk.require(SUMS, "start_sum()")
+        self._walk.sums(begins=True)
         self._sum.buffer.copy_(values[0])
         self._sum.start()
 
     def summed(self) -> torch.Tensor:
+        self._walk.require(SUMS, "summed()")
+        self._walk.sums(begins=False)
         return self._sum.result().view(1, -1)
 
     def broadcast(self, values: torch.Tensor) -> None:
+        self._walk.require_no_graph("broadcast()")
         self._assembly.broadcast(values[0])
 
     def swap(self, partners: NDArray[np.int64]) -> torch.Tensor:
-        return self._swap.swap(self.x, int(partners[0])).view(1, -1)
+        self._walk.require(PAIRS, "swap()")
+        partner = int(partners[0])
+        return (self._swap.swap(self.x, partner) if partner >= 0 else self.x.clone()).view(1, -1)
 
     def require_alike(self, name: str, what: str) -> None:
+        self._walk.require_no_graph("require_alike()")
         end = self.parameters_end if name == "x" else None  # BatchNorm's statistics are their own
         self._assembly.alike(self._flat(name)[:end], what)
 

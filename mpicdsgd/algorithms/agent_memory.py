@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from mpicdsgd.algorithms.contract import Algorithm
 from mpicdsgd.algorithms.measured import Measured, Passes
 from mpicdsgd.algorithms.torch_step import TorchStep
+from mpicdsgd.algorithms.walk import Walk
 from mpicdsgd.comm.agents import Agents
 from mpicdsgd.comm.communication import Communication
 from mpicdsgd.comm.exchange.header import Reason
 from mpicdsgd.comm.exchange.opening import ExchangeConfig
 from mpicdsgd.kernels.arena import Arena
-from mpicdsgd.kernels.update import make_update
+from mpicdsgd.kernels.update import Pass, make_update
 
 log = logging.getLogger("mpicdsgd")
 
@@ -62,6 +63,8 @@ class AgentMemory:
         self._outcomes: deque[Passes] = deque()
         self._checksum = 0
         self._is_loaded = self._is_busy = False
+        self._followed = -1  # the version of x that y goes with
+        self._walk = Walk(algorithm, 1, len(agents.mixing.turns))
         local = algorithm.settings
         has_momentum = local.has_momentum and torch_step is None
         self.v = torch.zeros_like(arena.flat) if has_momentum else None
@@ -145,9 +148,13 @@ class AgentMemory:
         self._judge(0)
 
     def _flat(self, name: str) -> torch.Tensor:
-        return self.x if name == "x" else self._own[name]
+        if name == "x":
+            return self.x
+        return self._own[name] if name in self._own else self._walk.unknown(name)
 
-    def _was_written(self) -> None:
+    def _was_written(self, *, is_y_too: bool = False) -> None:
+        if self.ahead is not None:
+            self._followed = self.ahead._version if is_y_too else -1
         self.arena.written()
         self._accept()
 
@@ -165,9 +172,10 @@ class AgentMemory:
                 self.measured.append(
                     Measured(passes.step - 1, apart, gradient, penalty, outcome.moved())
                 )
-            if not all(one.finite() for one in (passes.last, *passes.others)):
+            judged = (passes.last, *passes.others)
+            if not all(one.finite() for one in judged):
                 self.communication.report(Reason.NON_FINITE, passes.step)
-            elif self.skipped_means_fault and outcome.skipped():
+            elif self.skipped_means_fault and any(one.skipped() for one in judged):
                 self.communication.report(Reason.NON_FINITE_LOSS, passes.step)
 
     def _take_buffers(self) -> None:
@@ -179,3 +187,12 @@ class AgentMemory:
     def _accept(self) -> None:
         self.arena.accept()
         self._checksum = self.arena.checksum() if self._debug else 0
+
+    def _follow(self) -> None:
+        """y <- x + mu v, where x was written and y was not."""
+        if self.ahead is None or self._followed == self.ahead._version:
+            return
+        y, segments = self.arena.flat, self.arena.mix_only_segments()
+        segments["own"] = 0
+        self._update(Pass(self.ahead, self.ahead, at=y, v=self.v, y=y, segments=segments))
+        self._was_written(is_y_too=True)

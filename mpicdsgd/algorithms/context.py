@@ -18,6 +18,7 @@ from mpicdsgd.algorithms.contract import Algorithm
 from mpicdsgd.algorithms.measured import Beside, Passes
 from mpicdsgd.algorithms.received import Received, weights_of
 from mpicdsgd.algorithms.torch_step import TorchStep
+from mpicdsgd.algorithms.walk import per_agent
 from mpicdsgd.comm.agents import Agents
 from mpicdsgd.comm.communication import Communication, NoHooks
 from mpicdsgd.comm.exchange.errors import AgentFault
@@ -40,10 +41,6 @@ class AgentContext(AgentLinks):
         config: wire type, timeout, order of sums.
         torch_step: in the place of the fused local step.
         debug: find writes through ``.data`` too, by a checksum of all parameters each step.
-
-    Attributes:
-        coefficients: of each parameter, set before `advance`.
-        See `agent_memory.AgentMemory` for the others.
     """
 
     def __init__(
@@ -64,13 +61,8 @@ class AgentContext(AgentLinks):
         self.neighbours, self.readers = agents.graph.sources, agents.graph.destinations
         self._torch = torch_step
         self._weights = weights_of(agents.mixing, agents.rank)
-        self._turn = self._round = 0  # the next publication's number in this step
         self._is_one = len(algorithm.sends) == 1
-        self._slots = {name: slot for slot, name in enumerate(algorithm.sends)} | {"mixed": 0}
         self._wire_bytes = np.dtype(WIRE_DTYPE[config.wire]).itemsize
-        self._fresh = 0  # bits of the slots of `published` that a pass has written
-        self._is_to_post = False
-        self._number_names: tuple[str, ...] = ()
         self._sent_numbers: tuple[float, ...] = ()
         self.coefficients = ()
         self._gradient = self._scale = self._overflow = None
@@ -103,7 +95,10 @@ class AgentContext(AgentLinks):
         self._gradient, self._scale, self._overflow = segments, scale, overflow
         self._made, self._at_x, self._local = [], None, None
         self._enter()
+        self._walk.begin_step()
         self.algorithm.step(self)
+        self._walk.end_step()
+        self._follow()
         self.steps += 1
         if self._made:
             *others, last = self._made
@@ -111,8 +106,7 @@ class AgentContext(AgentLinks):
             made = Passes(self.steps, last, tuple(others), self._local, at_x, beside)
             self._outcomes.append(made)
         self._judge(self._update.lag)
-        self._round = 0
-        if self._is_to_post:
+        if self._walk.is_to_post:
             self._post()
         self.communication.after(self.steps)
         self._is_busy = False
@@ -124,16 +118,19 @@ class AgentContext(AgentLinks):
     def begin(self) -> None:
         """Have the algorithm take the parameters as they are; nothing is under way. Collective."""
         self._take_buffers()
-        self._made, self._round = [], 0
+        self._made = []
+        self._walk.begin()
         self._enter()
         self.communication.begin(self.steps)
+        self._was_written(is_y_too=True)
         self.algorithm.begin(self, not self._is_loaded)
+        self._follow()
         self._is_loaded = False
         if self._made:
             self._outcomes.append(Passes(self.steps, self._made[-1], tuple(self._made[:-1])))
         self.settle()
         self._accept()
-        if self._is_to_post:
+        if self._walk.is_to_post:
             self._post()
         self._is_busy = False
 
@@ -159,6 +156,8 @@ class AgentContext(AgentLinks):
         return self._flat(name).view(1, -1)
 
     def number(self, name: str) -> NDArray[np.float64]:
+        if name not in self._numbers:
+            self._walk.unknown(name)
         array: NDArray[np.float64] = self._numbers[name].numpy()
         return array
 
@@ -167,21 +166,21 @@ class AgentContext(AgentLinks):
         return rounded.to(self.arena.flat.device)
 
     def publish(self, **numbers: NDArray[np.float64]) -> None:
-        for slot, name in enumerate(self.algorithm.sends):
-            if not self._fresh >> slot & 1:
+        (self._sent_numbers,) = self._walk.publishes(numbers)
+        for name in self.algorithm.sends:
+            if not self._walk.is_fresh(name):
                 self.update(name)
-        self._number_names = tuple(numbers)
-        self._sent_numbers = tuple(float(value[0]) for value in numbers.values())
-        self._is_to_post = True
 
     def received(self) -> Received:
-        if self._is_to_post:
+        walk = self._walk
+        if walk.is_to_post:
             self._post()
-        near = self.communication.wait(self.steps, self._round - 1)
-        own, weights, exact = self._weights[self._turn]
-        beside = self.communication.numbers() if self._number_names else []
+        serial = walk.receives()
+        near = self.communication.wait(self.steps, walk.round)
+        own, weights, exact = self._weights[walk.turn]
+        beside = self.communication.numbers() if walk.names else []
         return Received(
-            [near], [weights], [own], [exact], self._number_names, [self._sent_numbers], [beside]
+            [near], [weights], [own], [exact], walk.names, [self._sent_numbers], [beside], serial
         )
 
     def update(
@@ -197,15 +196,17 @@ class AgentContext(AgentLinks):
         moved: bool = False,
         of: str = "",
     ) -> None:
-        slot = self._slots.get(out, -1)
-        of_slot = self._slots[of] if of else slot
-        near, weights = self._near(mix, weight, of_slot)
+        is_local = gradient is True  # the local step, in its place
+        if is_local:
+            self._walk.uses_gradient()
+        slot = self._walk.slots.get(out, -1)
+        near, weights, source = self._near(out, start, of, mix, weight)
         if not near and mix is not None and not gradient and not isinstance(mix, Received):
             return  # of weight 0: this agent's row is left alone
-        p, q = self._published(slot, of_slot, near, publish)
+        p, q = self._published(slot, source if near else slot, near, publish)
         segments = self._segments(gradient, factor, moved or bool(of), has_q=q is not None)
-        is_local = gradient is True  # the local step, in its place
         is_at_x = slot == 0 and isinstance(mix, Received) and self._at_x is None
+        measure = len(self.arena.parameters) if self.measuring and (is_local or is_at_x) else 0
         out_D = self._flat(out)
         outcome = self._update(
             Pass(
@@ -221,9 +222,7 @@ class AgentContext(AgentLinks):
                 segments=segments,
                 scale=self._scale if is_local else None,
                 overflow=self._overflow if is_local else None,
-                measure=len(self.arena.parameters)
-                if self.measuring and (is_local or is_at_x)
-                else 0,
+                measure=measure,
             )
         )
         self._made.append(outcome)
@@ -231,12 +230,14 @@ class AgentContext(AgentLinks):
             self._local = outcome
         if is_at_x:
             self._at_x = outcome
-        if p is not None:
-            self._fresh |= 1 << slot
+        if slot >= 0:
+            self._walk.wrote(slot, None if p is None else out_D)
         if out == "x":
-            self._was_written()
+            self._was_written(is_y_too=is_local)
 
     def take_gradient(self, into: str) -> None:
+        self._walk.uses_gradient()
+        into_D = self._flat(into)
         if self._gradient is None:
             return
         segments = self._gradient.copy()
@@ -245,7 +246,7 @@ class AgentContext(AgentLinks):
         x = self.x
         outcome = self._update(
             Pass(
-                x, x, at=self.arena.flat, v=self._flat(into), segments=segments,
+                x, x, at=self.arena.flat, v=into_D, segments=segments,
                 scale=self._scale, overflow=self._overflow,
             )
         )  # fmt: skip
@@ -254,8 +255,6 @@ class AgentContext(AgentLinks):
 
     def replace(self, values: torch.Tensor) -> None:
         self.x.copy_(values[0])
-        if self.ahead is not None:
-            self.arena.flat.copy_(values[0])  # v is 0 then
         self._was_written()
 
     # What the communication asks: see `communication.Hooks`.
@@ -266,40 +265,33 @@ class AgentContext(AgentLinks):
     def centre(self) -> torch.Tensor | None:
         return self.algorithm.centre(self)
 
-    def _mail_has_come(self, x_D: torch.Tensor, weight: float) -> None:
-        self.algorithm.mail(self, x_D.view(1, -1), weight)
-        if not self._is_busy:  # between two steps
-            self._outcomes.extend(Passes(self.steps, made) for made in self._made)
-            self._made = []
-
     # What the verbs are made of.
 
     def _near(
-        self, mix: Received | torch.Tensor | None, weight: Any, slot: int
-    ) -> tuple[list[Any], NDArray[np.float32]]:
+        self, out: str, start: str, of: str, mix: Received | torch.Tensor | None, weight: Any
+    ) -> tuple[list[Any], NDArray[np.float32], int]:
+        """What is mixed, the weights, and which of the vectors that are sent it is, or -1."""
         if mix is None:
-            return [], _NONE
+            return [], _NONE, -1
+        one = per_agent(weight, 1)
         if isinstance(mix, Received):
+            slot = self._walk.source(out, start, of, mix)
             near, weights = mix.near[0], mix.weights[0]
-            scaled = weights if weight == 1.0 else weights * np.float32(weight)
-            return near if self._is_one else [self._part(n, slot) for n in near], scaled
-        one = np.array([weight], np.float32).reshape(1)
+            near = near if self._is_one else [self._part(n, slot) for n in near]
+            return near, weights if one[0] == 1 else weights * one[0], slot
         row = mix[0]
         address = row.numpy() if row.device.type == "cpu" else row.data_ptr()
-        return ([address], one) if one[0] != 0 else ([], _NONE)
+        return ([address], np.array(one), -1) if one[0] != 0 else ([], _NONE, -1)
 
-    def _published(
-        self, slot: int, of_slot: int, near: list[Any], publish: bool
-    ) -> tuple[Any, Any]:
-        """What a pass writes for the neighbours, and what they saw of this agent last."""
-        if not self.communication.carries_values:
+    def _published(self, slot: int, source: int, near: list[Any], publish: bool) -> tuple[Any, Any]:
+        """What a pass writes for the neighbours, and what they saw last of what it mixes."""
+        link = self.communication
+        if not link.carries_values:
             return None, self.before if near else None
-        if of_slot < 0:
-            return None, None
-        p, q = self.communication.published, self.communication.previous
-        if not self._is_one:
-            p, q = self._part(p, slot), self._part(q, of_slot)
-        return p if publish and slot >= 0 else None, q
+        # What is under way must not be written.
+        p = link.published if publish and slot >= 0 and not self._walk.is_under_way else None
+        q = link.previous if source >= 0 else None
+        return (p, q) if self._is_one else (self._part(p, slot), self._part(q, source))
 
     def _part(self, buffer: Any, slot: int) -> Any:
         """The part of a published buffer that a sent vector has."""
@@ -330,9 +322,10 @@ class AgentContext(AgentLinks):
         if not has_q and self.communication.carries_values:
             segments = segments.copy()
             segments["own"] = 0
-        if not isinstance(factor, float):
+        (scale,) = per_agent(factor, 1)
+        if scale != 1:
             segments = segments.copy()
-            segments["alpha"] *= np.float32(factor[0])
+            segments["alpha"] *= scale
         return segments
 
     def _point_at(self, segments: NDArray[np.void], vector: str) -> None:
@@ -344,9 +337,13 @@ class AgentContext(AgentLinks):
         rows["decay"] = rows["mu"] = rows["c_v"] = 0.0
         rows["c_g"] = 1.0
 
+    def _mail_has_come(self, x_D: torch.Tensor, weight: float) -> None:
+        self.algorithm.mail(self, x_D.view(1, -1), weight)
+        if not self._is_busy:  # between two steps
+            self._outcomes.extend(Passes(self.steps, made) for made in self._made)
+            self._made = []
+
     def _post(self) -> None:
         """Show what was written; what is read with it is mixed by the matrix of this turn."""
-        self._turn = (self.steps * self.algorithm.posts + self._round) % len(self._weights)
-        self.communication.post(self.steps, self._round, self._turn, self._sent_numbers)
-        self._round += 1
-        self._fresh, self._is_to_post = 0, False
+        self._walk.posts(self.steps)
+        self.communication.post(self.steps, self._walk.round, self._walk.turn, self._sent_numbers)

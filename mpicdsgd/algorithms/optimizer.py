@@ -113,7 +113,8 @@ class AgentOptimizer(OpenOptimizer):
         if self.exchange.averages_gradients:
             self.zero_grad(set_to_none=True)
             self.exchange.complete_gradients()
-            self._fill_segments()
+        self._fill_segments()  # the present coefficients
+        if self.exchange.averages_gradients:
             segments = self.arena.segments
         elif not self.exchange.carries_values and self._torch is not None:
             self.context.keep_x()

@@ -18,6 +18,7 @@ from mpicdsgd.algorithms.contract import Algorithm
 from mpicdsgd.algorithms.opening import open_communication
 from mpicdsgd.algorithms.server.server import Server
 from mpicdsgd.algorithms.torch_step import NOTHING, TorchStep
+from mpicdsgd.algorithms.walk import check_declared
 from mpicdsgd.comm.agents import Agents
 from mpicdsgd.comm.communication import Communication
 from mpicdsgd.comm.exchange.errors import AgentFault
@@ -241,6 +242,7 @@ class OpenOptimizer(torch.optim.Optimizer):
         agents, algorithm = self.agents, self.algorithm
         torch_is_local = self._torch is not None
         with agents.agreement(f"{self._label}()"):
+            check_declared(algorithm)
             algorithm.check(agents.size)
             if torch_is_local and not algorithm.any_local_step:
                 raise UserError(

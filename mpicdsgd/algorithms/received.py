@@ -19,9 +19,10 @@ class Received:
         own: Pi[j, j].
         names: of the numbers that were published beside.
         sent: the agent's own; beside: the neighbours', in the order of ``near``.
+        serial: how many publications were received before it.
     """
 
-    __slots__ = ("beside", "exact", "names", "near", "own", "sent", "weights")
+    __slots__ = ("beside", "exact", "names", "near", "own", "sent", "serial", "weights")
 
     def __init__(
         self,
@@ -32,13 +33,14 @@ class Received:
         names: tuple[str, ...],
         sent: list[tuple[float, ...]],
         beside: list[list[tuple[float, ...]]],
+        serial: int,
     ) -> None:
         self.near, self.weights, self.own, self.exact = near, weights, own, exact
-        self.names, self.sent, self.beside = names, sent, beside
+        self.names, self.sent, self.beside, self.serial = names, sent, beside, serial
 
     def mixed(self, name: str) -> NDArray[np.float64]:
         """sum_l Pi[j,l] s_l of the number ``name``, shape (n,)."""
-        k = self.names.index(name)
+        k = self._index(name)
         total = np.empty(len(self.near))
         for j, (own, exact) in enumerate(zip(self.own, self.exact, strict=True)):
             total[j] = own * self.sent[j][k]
@@ -48,14 +50,22 @@ class Received:
 
     def reweighted(self, name: str, total: NDArray[np.float64]) -> Received:
         """The same with weights Pi[j,l] s_l / total_j, s the number ``name``."""
-        k = self.names.index(name)
+        k = self._index(name)
         exact = [
             weights * np.array([numbers[k] for numbers in beside]) / total[j]
             for j, (weights, beside) in enumerate(zip(self.exact, self.beside, strict=True))
         ]
         own = [own * self.sent[j][k] / total[j] for j, own in enumerate(self.own)]
         rounded = [weights.astype(np.float32) for weights in exact]
-        return Received(self.near, rounded, own, exact, self.names, self.sent, self.beside)
+        return Received(
+            self.near, rounded, own, exact, self.names, self.sent, self.beside, self.serial
+        )
+
+    def _index(self, name: str) -> int:
+        if name not in self.names:
+            published = ", ".join(self.names) or "none"
+            raise RuntimeError(f"no number {name} was published beside, but {published}")
+        return self.names.index(name)
 
 
 def weights_of(

@@ -17,9 +17,12 @@ from mpicdsgd.comm.exchange.transport import WIRE_DTYPE
 from mpicdsgd.graphs.mixing_cycle import Mixing
 from mpicdsgd.kernels.arena import Arena
 from mpicdsgd.simulation import traffic
+from mpicdsgd.simulation.all_agents import AllAgents
+
+_NONE = np.zeros(0, np.float32)
 
 
-class RowMemory:
+class RowMemory(AllAgents):
     """See the module; `rows.Rows` works on it. All methods are local.
 
     Attributes:
@@ -43,23 +46,18 @@ class RowMemory:
         measuring: bool,
         is_ordered: bool,
     ) -> None:
-        n, size = mixing.graph.n, layout.size
-        assert flat.shape == (n, size), "a row for each agent"
-        self.algorithm, self._layout, self._wire = algorithm, layout, wire
-        self._mixing, self._messages, self._is_ordered = mixing, messages, is_ordered
-        self.ranks, self.size, self.parameters_end = np.arange(n), n, layout.parameters_end
-        self.neighbours, self.readers = mixing.graph.sources, mixing.graph.destinations
+        assert flat.shape == (mixing.graph.n, layout.size), "a row for each agent"
+        super().__init__(flat, mixing, algorithm)
+        n, size = flat.shape
+        self._layout, self._wire = layout, wire
+        self._messages, self._is_ordered = messages, is_ordered
+        self.parameters_end = layout.parameters_end
         local = algorithm.settings
         self.flat = flat
         self.v = torch.zeros_like(flat) if local.has_momentum else None
         self.ahead = flat.clone() if local.has_momentum and local.look_ahead else None
-        self._own = {name: torch.zeros_like(flat) for name in algorithm.vectors}
-        if algorithm.posts > 1:
-            self._own["mixed"] = torch.empty_like(flat)
-        self._numbers = {name: np.full(n, value) for name, value in algorithm.numbers.items()}
         self._rows = {name: _rows(stack) for name, stack in self._own.items()}
         self._rows |= {"x": _rows(self.x), "at": _rows(self.flat), "v": _rows(self.v)}
-        self._slots = {name: slot for slot, name in enumerate(algorithm.sends)} | {"mixed": 0}
         dtype = {np.float32: torch.float32, np.uint16: torch.uint16}[WIRE_DTYPE[wire]]
         over_graph = algorithm.over == GRAPH
         width = size * len(algorithm.sends) if over_graph else 0
@@ -70,11 +68,9 @@ class RowMemory:
         if not over_graph:
             self._plain["own"] = 0
         self._measure = len(layout.parameters) if measuring else 0
-        self._turn = self._round = self._fresh = 0
-        self._is_to_post = False
+        self._followed = -1  # the version of x that y goes with
         self._sent: list[tuple[float, ...]] = [() for _ in range(n)]
         self._beside: list[tuple[float, ...]] = self._sent
-        self.steps = 0
         self.bytes_sent = 0
         self.disagreement, self.gradient, self.penalty, self.moved = np.zeros((4, n))
         self.finite = np.ones(n, np.bool_)
@@ -103,14 +99,12 @@ class RowMemory:
 
     def _post(self) -> None:
         self._read, self._write = self._write, self._read
-        self._turn = (self.steps * self.algorithm.posts + self._round) % len(self._weights)
+        self._walk.posts(self.steps)
         self._beside = self._sent
         size = self._layout.size * len(self.algorithm.sends)
         self.bytes_sent += traffic.of_post(
-            self._mixing, self._turn, size, self._wire, self._messages
+            self._mixing, self._walk.turn, size, self._wire, self._messages
         )
-        self._round += 1
-        self._fresh, self._is_to_post = 0, False
 
     def _take_buffers(self) -> None:
         """What the forward pass made of mixed buffers, it made in `flat`: x has them too."""
@@ -118,25 +112,9 @@ class RowMemory:
             end = self._layout.parameters_end
             self.ahead[:, end:] = self.flat[:, end:]
 
-    # The verbs of asynchronous algorithms.
-
-    def add_gradient(self, into: str) -> None:
-        raise NotImplementedError(_ALONE)
-
-    def step_sizes(self) -> list[float]:
-        raise NotImplementedError(_ALONE)
-
-    def read_mail(self) -> None:
-        raise NotImplementedError(_ALONE)
-
-    def wait_for_mail_room(self) -> None:
-        raise NotImplementedError(_ALONE)
-
-    def send_mail(self, to: int, weight: float) -> None:
-        raise NotImplementedError(_ALONE)
-
-
-_ALONE = "asynchronous algorithms are not simulated"
+    def _was_written(self, *, is_y_too: bool = False) -> None:
+        if self.ahead is not None:
+            self._followed = self.ahead._version if is_y_too else -1
 
 
 def _rows(stack: torch.Tensor | None) -> Any:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mpicdsgd.algorithms.contract import GRADIENTS, GRAPH, Algorithm
+from mpicdsgd.algorithms.contract import GRADIENTS, GRAPH, PAIRS, SUMS, Algorithm
 from mpicdsgd.algorithms.received import Received
+from mpicdsgd.algorithms.walk import per_agent
 from mpicdsgd.graphs.mixing_cycle import Mixing
 from mpicdsgd.kernels import native
 from mpicdsgd.kernels.arena import Arena
@@ -44,8 +45,6 @@ class Rows(RowMemory):
         has_moved: whether a torch optimizer makes the local step: x has changed before the pass.
     """
 
-    server: Any = None
-
     def __init__(
         self,
         layout: Arena,
@@ -62,8 +61,7 @@ class Rows(RowMemory):
     ) -> None:
         super().__init__(layout, flat, mixing, algorithm, wire, messages, measuring, is_ordered)
         self._clip_norm, self._has_moved = clip_norm, has_moved
-        self._is_gradient_used = self._is_at_x = self._has_local = False
-        self._names: tuple[str, ...] = ()
+        self._is_at_x = self._has_local = False
         self._sum: torch.Tensor | None = None
         self._ones = np.ones(self.size, np.float32)
         self.coefficients: Coefficients | None = None
@@ -73,8 +71,12 @@ class Rows(RowMemory):
     def begin(self) -> None:
         """Before the first step: agents begin as they are."""
         self._take_buffers()
+        self._walk.begin()
+        self._parts: Iterable[Part] = ()
+        self._was_written(is_y_too=True)
         self.algorithm.begin(self, True)
-        if self._is_to_post:
+        self._follow()
+        if self._walk.is_to_post:
             self._post()
 
     def advance(
@@ -92,56 +94,45 @@ class Rows(RowMemory):
             seen: called with each part before it is used.
         """
         self._parts, self.coefficients, self._seen = parts, coefficients, seen
-        self._is_gradient_used = self._is_at_x = self._has_local = False
+        self._is_at_x = self._has_local = False
+        self._plain["mu"][: len(self._layout.parameters)] = coefficients.mu
         self.finite[:] = True
         self._take_buffers()
         if self.algorithm.over == GRADIENTS:
             self._average_gradients()
+        self._walk.begin_step()
         self.algorithm.step(self)
-        if not self._is_gradient_used:
+        self._walk.end_step()
+        if not self._walk.is_gradient_used:
             for part in self._parts:
                 self._seen(part)
+        self._follow()
         self.steps += 1
-        self._round = 0
-        if self._is_to_post:
+        if self._walk.is_to_post:
             self._post()
 
     # The verbs: see `contract.Context`.
 
-    @property
-    def step(self) -> int:
-        return self.steps
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.x if name == "x" else self._own[name]
-
-    def number(self, name: str) -> NDArray[np.float64]:
-        return self._numbers[name]
-
     def column(self, numbers: NDArray[np.float64]) -> torch.Tensor:
         return torch.from_numpy(np.asarray(numbers, np.float32)).view(-1, 1)
 
-    def everyones(self, values: NDArray[Any]) -> NDArray[np.float64]:
-        return np.asarray(values, np.float64)
-
     def publish(self, **numbers: NDArray[np.float64]) -> None:
+        self._sent = self._walk.publishes(numbers)
         for name in self.algorithm.sends:
-            if not self._fresh >> self._slots[name] & 1:
+            if not self._walk.is_fresh(name):
                 self.update(name)
-        self._names = tuple(numbers)
-        rows = [values.tolist() for values in numbers.values()]
-        self._sent = [tuple(row) for row in zip(*rows, strict=True)] if rows else self._sent
-        self._is_to_post = True
 
     def received(self) -> Received:
-        if self._is_to_post:
+        if self._walk.is_to_post:
             self._post()
-        own, near, weights, exact = self._weights[self._turn]
-        read, sent = self._read, self._beside
+        serial = self._walk.receives()
+        own, near, weights, exact = self._weights[self._walk.turn]
+        read, sent, names = self._read, self._beside, self._walk.names
         return Received(
             [[read[0][source] for source in sources] for sources in near],
-            weights, own, exact, self._names, sent,
-            [[sent[source] for source in sources] for sources in near] if self._names else [],
+            weights, own, exact, names, sent,
+            [[sent[source] for source in sources] for sources in near] if names else [],
+            serial,
         )  # fmt: skip
 
     def update(
@@ -157,13 +148,21 @@ class Rows(RowMemory):
         moved: bool = False,
         of: str = "",
     ) -> None:
-        if out == "x" and gradient is not True:
+        if gradient is True:
+            self._walk.uses_gradient()
+        elif out == "x":
             self._hold_gradients()  # they are of the parameters as they are now
-        slot = self._slots.get(out, -1)
-        a = _Arguments(out, start or out, slot, mix, self._ones, publish, moved or bool(of))
-        a.of_slot = self._slots[of] if of else slot
-        a.weight = np.broadcast_to(np.asarray(weight, np.float32), (self.size,))
-        a.factor = np.broadcast_to(np.asarray(factor, np.float32), (self.size,))
+        a = _Arguments(
+            out, start or out, self._walk.slots.get(out, -1), mix, self._ones, publish,
+            moved or bool(of),
+        )  # fmt: skip
+        for name in (a.out, a.start, *([gradient] if isinstance(gradient, str) else [])):
+            self[name]  # or it says that there is none
+        if isinstance(mix, Received):
+            a.source = self._walk.source(out, start, of, mix)
+        elif mix is None:
+            a.source = a.slot
+        a.weight, a.factor = per_agent(weight, self.size), per_agent(factor, self.size)
         a.is_first = a.slot == 0 and isinstance(mix, Received) and not self._is_at_x
         if gradient is True:
             self._local_step(a)
@@ -176,10 +175,15 @@ class Rows(RowMemory):
                     continue
                 self._pass(a, j, segments)
         self._is_at_x = self._is_at_x or a.is_first
-        if publish and a.slot >= 0:
-            self._fresh |= 1 << a.slot
+        if a.slot >= 0:
+            can = publish and not self._walk.is_under_way
+            self._walk.wrote(a.slot, self[out] if can else None)
+        if out == "x":
+            self._was_written(is_y_too=gradient is True)
 
     def take_gradient(self, into: str) -> None:
+        self._walk.uses_gradient()
+        self[into]  # or it says that there is none
         a = _Arguments("x", "x", -1, None, self._ones)
         a.v = self._rows[into]
         for j, segments in self._gradients():
@@ -187,14 +191,16 @@ class Rows(RowMemory):
             segments["alpha"], segments["own"] = -1.0, 0  # v <- 0 v + h, and x + 0 v is x
             segments["mu"] = segments["c_v"] = segments["c_g"] = 0.0
             self._pass(a, j, segments)
+        self._was_written()
 
     def replace(self, values: torch.Tensor) -> None:
         self._hold_gradients()
         self.x.copy_(values)
-        if self.ahead is not None:
-            self.flat.copy_(values)
+        self._was_written()
 
     def start_sum(self, values: torch.Tensor) -> None:
+        self._walk.require(SUMS, "start_sum()")
+        self._walk.sums(begins=True)
         total = values[0].clone()
         for row in values[1:]:
             total += row
@@ -202,26 +208,31 @@ class Rows(RowMemory):
         self.bytes_sent += traffic.of_sum(4 * total.numel(), self.size, self._is_ordered)
 
     def summed(self) -> torch.Tensor:
-        assert self._sum is not None, "a sum was begun"
+        self._walk.require(SUMS, "summed()")
+        self._walk.sums(begins=False)
+        assert self._sum is not None
         return self._sum.repeat(self.size, 1)
 
-    def broadcast(self, values: torch.Tensor) -> None:
-        values.copy_(values[0].clone())
-
     def swap(self, partners: NDArray[np.int64]) -> torch.Tensor:
-        met = np.where(partners >= 0, partners, self.ranks)
+        self._walk.require(PAIRS, "swap()")
+        met = self.met(partners)
         self.bytes_sent += 4 * self._layout.size * int((partners >= 0).sum())
         return self.x[torch.from_numpy(met)]
 
-    def require_alike(self, name: str, what: str) -> None:
-        """Nothing: all rows had the same operations."""
-
     # What the verbs are made of.
+
+    def _follow(self) -> None:
+        """y <- x + mu v, where x was written and y was not."""
+        if self.ahead is None or self._followed == self.ahead._version:
+            return
+        a = _Arguments("x", "x", -1, None, self._ones)
+        a.v, a.y = self._rows["v"], self._rows["at"]
+        for j in range(self.size):
+            self._pass(a, j, self._plain)
+        self._was_written(is_y_too=True)
 
     def _gradients(self) -> Iterable[tuple[int, NDArray[np.void]]]:
         """Each agent's segments with its gradient, once in a step."""
-        assert not self._is_gradient_used, "the gradient is used once in a step"
-        self._is_gradient_used = True
         for part in self._parts:
             self._seen(part)
             yield from zip(part.agents.tolist(), part.segments, strict=True)
@@ -240,7 +251,7 @@ class Rows(RowMemory):
 
     def _hold_gradients(self) -> None:
         """Have the gradients that are not used yet computed, and kept."""
-        if not self._is_gradient_used and self.coefficients is not None:
+        if not self._walk.is_gradient_used:
             self._held = held = Held(self._layout, self.size)
             self._parts = held.parts(self._parts, self._seen)
             self._seen = lambda part: None
@@ -258,15 +269,15 @@ class Rows(RowMemory):
         weights = _NONE
         if isinstance(a.mix, Received):
             near, weights = a.mix.near[j], a.mix.weights[j]
+            if a.source > 0:  # `received` has the first slot's
+                sources = self._weights[self._walk.turn][1][j]
+                near = [self._read[a.source][source] for source in sources]
             if a.weight[j] != 1:
                 weights = weights * a.weight[j]
-            if a.of_slot > 0:  # `received` has the first slot's
-                sources = self._weights[self._turn][1][j]
-                near = [self._read[a.of_slot][source] for source in sources]
         elif a.mix is not None and a.weight[j]:
             near, weights = [a.mix[j].numpy()], a.weight[j : j + 1]
         over_graph = self.algorithm.over == GRAPH
-        has_q = a.of_slot >= 0 and over_graph
+        has_q = a.source >= 0 and over_graph
         if a.moved or (not has_q and segments["own"].any()) or a.factor[j] != 1:
             segments = segments.copy()
             if a.moved:
@@ -283,7 +294,7 @@ class Rows(RowMemory):
             v=None if a.v is None else a.v[j],
             y=None if a.y is None else a.y[j],
             p=self._write[a.slot][j] if over_graph and a.slot >= 0 and a.publish else None,
-            q=self._read[a.of_slot][j] if has_q else None,
+            q=self._read[a.source][j] if has_q else None,
             neighbours=near,
             weights=weights,
             segments=segments,
@@ -317,6 +328,7 @@ class _Arguments:
     y: Any = None
     is_first = False
     is_local = False
+    source = -1  # the slot of what is mixed
 
     def __init__(
         self,
@@ -330,5 +342,4 @@ class _Arguments:
     ) -> None:
         self.out, self.start, self.slot, self.mix = out, start, slot, mix
         self.publish, self.moved = publish, moved
-        self.of_slot = slot
         self.factor = self.weight = ones

@@ -20,6 +20,7 @@ from mpicdsgd.algorithms.factory import torch_optimizer
 from mpicdsgd.algorithms.opening import check_admitted
 from mpicdsgd.algorithms.registry import algorithms
 from mpicdsgd.algorithms.torch_schedulers import make_scheduler
+from mpicdsgd.algorithms.walk import check_declared
 from mpicdsgd.comm.exchange.transport import WIRE_DTYPE
 from mpicdsgd.common.errors import UserError
 from mpicdsgd.data import Samples, load_everyone
@@ -205,6 +206,7 @@ def _algorithm(
         for f in dataclasses.fields(settings)
         if f.metadata.get("per_group")
     }
+    check_declared(algorithm)
     algorithm.check(agents)
     settings.coefficients(defaults)
     return algorithm, Hyperparameters(defaults)
