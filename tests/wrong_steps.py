@@ -188,7 +188,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "mixing what is not sent": (
         {"step": _verb(lambda ctx: ctx.update("s", mix=ctx.received())), "vectors": ("s",)},
-        r"Own: update\(\"s\", mix=received\) needs s or its start to be sent",
+        r"Own: update\(\"s\", mix=received\) needs what is mixed to be sent",
     ),
     "three numbers": (
         {"step": _verb(lambda ctx: (ctx.received(), ctx.publish(a=1.0, b=2.0, c=3.0)))},

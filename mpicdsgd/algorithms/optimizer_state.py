@@ -242,8 +242,8 @@ class OpenOptimizer(torch.optim.Optimizer):
         agents, algorithm = self.agents, self.algorithm
         torch_is_local = self._torch is not None
         with agents.agreement(f"{self._label}()"):
-            check_declared(algorithm)
             algorithm.check(agents.size)
+            check_declared(algorithm)
             if torch_is_local and not algorithm.any_local_step:
                 raise UserError(
                     f"{self._label} makes its own step with the gradient: a torch optimizer cannot "

@@ -58,8 +58,8 @@ class ExactRows(AllAgents):
         if not algorithm.synchronous:
             raise UserError(f"{algorithm.name} is asynchronous: it is not simulated")
         X = torch.tensor(X0, dtype=torch.float64)
-        check_declared(algorithm)
         algorithm.check(len(X))
+        check_declared(algorithm)
         super().__init__(X, mixing, algorithm)
         local = algorithm.settings
         self.gradient = gradient

@@ -206,8 +206,8 @@ def _algorithm(
         for f in dataclasses.fields(settings)
         if f.metadata.get("per_group")
     }
-    check_declared(algorithm)
     algorithm.check(agents)
+    check_declared(algorithm)
     settings.coefficients(defaults)
     return algorithm, Hyperparameters(defaults)
 

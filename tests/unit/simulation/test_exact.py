@@ -67,7 +67,8 @@ def make(
 ) -> ExactRows:
     kind = algorithms()[name] if isinstance(name, str) else name
     made = kind.Settings(lr=settings.pop("lr", ALPHA), **settings)
-    circumstances = run or Circumstances(agents=problem.n)
+    samples = np.ones(problem.n, np.int64)
+    circumstances = run or Circumstances(agents=problem.n, samples=samples)
     algorithm = kind.of(made)(made, circumstances)
     return ExactRows(problem.start, mixing, algorithm, problem.gradient)
 
