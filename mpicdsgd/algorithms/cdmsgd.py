@@ -27,7 +27,7 @@ from mpicdsgd.algorithms.registry import algorithm
 class CDMSGDSettings(Momentum):
     """Settings of CDMSGD."""
 
-    rounds: int = setting(1, "mixing rounds per step, tau")
+    rounds: int = setting(1, "tau >= 1, mixing rounds in a step")
 
     def check(self) -> None:
         super().check()

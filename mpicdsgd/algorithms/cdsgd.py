@@ -21,7 +21,7 @@ from mpicdsgd.common.errors import UserError
 class CDSGDSettings(Plain):
     """Settings of CDSGD."""
 
-    rounds: int = setting(1, "mixing rounds per step, tau")
+    rounds: int = setting(1, "tau >= 1, mixing rounds in a step")
 
     def check(self) -> None:
         super().check()
@@ -32,7 +32,7 @@ class CDSGDSettings(Plain):
 class ICDSGDSettings(CDSGDSettings):
     """Settings of i-CDSGD."""
 
-    rounds: int = setting(2, "mixing rounds per step, tau")
+    rounds: int = setting(2, "tau >= 1, mixing rounds in a step")
 
 
 def check_rounds(rounds: int) -> None:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class DownpourSettings(Plain):
     """Settings of Downpour SGD."""
 
-    n_push: int = setting(1, "steps between two pushes to the server, which is the last rank")
-    n_fetch: int = setting(1, "steps between two fetches")
+    n_push: int = setting(1, "steps between two pushes to the server, >= 1")
+    n_fetch: int = setting(1, "steps between two fetches of its model, >= 1")
     adagrad: bool = setting(False, "the server's step is Adagrad's (Duchi et al. 2011)")
 
     def check(self) -> None:

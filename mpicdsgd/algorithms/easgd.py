@@ -29,9 +29,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Pull:
-    period: int = setting(4, "steps between two pulls, tau")
-    elasticity: float = setting(0.0, "e = alpha rho in (0, 1); 0: 0.9 / agents")
-    asynchronous: bool = setting(False, "by a server, which is the last rank")
+    period: int = setting(4, "tau >= 1, steps between two pulls")
+    elasticity: float = setting(
+        0.0, "e = alpha rho in (0, 1), at most 1 / N without a server; 0: 0.9 / N"
+    )
+    asynchronous: bool = setting(
+        False, "true: each agent at its own pace, by a server; not simulated"
+    )
 
     def check(self) -> None:
         super().check()  # type: ignore[misc]

@@ -31,9 +31,11 @@ if TYPE_CHECKING:
 class FedAvgSettings(Plain):
     """Settings of FedAvg."""
 
-    local_epochs: int = setting(1, "E, local epochs of a round")
-    fraction: float = setting(1.0, "C in (0, 1], of the agents that take part in a round")
-    server_momentum: float = setting(0.0, "beta in [0, 1)")
+    local_epochs: int = setting(1, "E >= 1, local epochs of a round")
+    fraction: float = setting(
+        1.0, "C in (0, 1]: floor(C N) agents, at least one, take part in a round"
+    )
+    server_momentum: float = setting(0.0, "beta in [0, 1), of the server's step")
 
     def check(self) -> None:
         if self.local_epochs < 1:

@@ -24,7 +24,7 @@ from mpicdsgd.algorithms.registry import algorithm
 class GossipSettings(Plain):
     """Settings of gossip SGD and GoSGD."""
 
-    probability: float = setting(0.5, "p, to meet or push after a step")
+    probability: float = setting(0.5, "p in [0, 1], to meet or to push after a step")
 
     def check(self) -> None:
         hyperparameters.probability("probability (p)", self.probability)

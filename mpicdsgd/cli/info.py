@@ -11,7 +11,7 @@ from mpicdsgd.cli.arguments import Commands
 def add_to(commands: Commands) -> None:
     command = commands.add_parser(
         "info",
-        help="MPI library, threads, HDF5, kernel, GPUs, transports",
+        help="MPI library, threads, HDF5, kernel, GPUs, algorithms, transports",
         description="Under mpirun or srun it also says how each edge's values would travel.",
     )
     command.add_argument("--topology", default="ring", metavar="SPEC", help="default: ring")
@@ -30,10 +30,12 @@ def info(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(report, indent=2))
         return 0
-    edges = report.pop("edges")
+    edges, algorithms = report.pop("edges"), report.pop("algorithms")
     for key, value in report.items():
         if value != "":
             print(f"{key:14} {value}")
+    for name, title in algorithms.items():
+        print(f"{'algorithm':14} {name}: {title}")
     for edge in edges:
         print(f"edge {edge['from']:3} -> {edge['to']:3}   {edge['transport']}: {edge['why']}")
     return 0

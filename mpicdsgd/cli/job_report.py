@@ -12,6 +12,7 @@ import torch
 from mpi4py import MPI
 
 from mpicdsgd import __version__
+from mpicdsgd.algorithms.table import titles
 from mpicdsgd.comm.agents import Agents
 from mpicdsgd.comm.agreement import agreement
 from mpicdsgd.comm.exchange.opening import ExchangeConfig, open_exchange
@@ -75,6 +76,7 @@ def gather(comm: MPI.Intracomm, topology: str) -> dict[str, Any]:
         "kernel_gpu": built.name if built else "compiled at first use",
         "device": str(agents.device),
         "gpu": ", ".join(dict.fromkeys(gpus)),
+        "algorithms": titles(),
         "topology": topology,
         "edges": [edge for row in comm.allgather(edges) for edge in row],
     }

@@ -17,6 +17,7 @@ def test_every_edge_is_told(comm: MPI.Intracomm, topology: str) -> None:
     assert [(e["from"], e["to"]) for e in report["edges"]] == edges
     assert {e["transport"] for e in report["edges"]} <= {"direct"}
     assert report["nodes"] == 1
+    assert report["algorithms"]["gradient-tracking"] == "gradient tracking"
     assert comm.allgather(report) == [report] * comm.size
 
 
