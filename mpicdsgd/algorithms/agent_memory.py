@@ -102,6 +102,12 @@ class AgentMemory:
         shared = {f"link/{name}": value for name, value in self.communication.arrays().items()}
         return flats | own | numbers | shared
 
+    def begun_anew(self, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """``arrays`` of another number of agents, as the algorithm goes on with them. Local."""
+        firsts = self.algorithm.numbers
+        anew = {f"link/{name}": firsts.get(name, 0.0) for name in self.algorithm.anew}
+        return arrays | {name: np.full_like(arrays[name], first) for name, first in anew.items()}
+
     def load(self, arrays: dict[str, NDArray[Any]]) -> None:
         """Take over `flats` of then; `begin` follows. Local."""
         for name, flat in self.flats.items():

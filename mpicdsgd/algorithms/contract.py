@@ -225,6 +225,8 @@ class Algorithm:
         vectors: names of the float32 vectors that it keeps, 0 at first. They are in checkpoints,
             ``state_dict``, elastic restarts, `add_param_group` and the simulation by themselves.
         numbers: float64 numbers that each agent keeps, and their first values; likewise.
+        anew: which of these begin anew where the number of agents has changed (an elastic restart),
+            as what they add up to held of the agents before; else newcomers take a mix.
         sends: which vectors a publication holds, in this order.
         posts: publications of a step.
         fixed: settings of its local step that it has in one way only.
@@ -257,6 +259,7 @@ class Algorithm:
 
     sends: tuple[str, ...] = ("x",)
     vectors: tuple[str, ...] = ()
+    anew: tuple[str, ...] = ()
     posts: int = 1
     server_rule: int = -1
 

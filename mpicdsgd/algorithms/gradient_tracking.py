@@ -25,6 +25,7 @@ class GradientTracking(Algorithm):
     Settings = Plain
     sends = ("x", "y")
     vectors = ("y", "gradient")
+    anew = ("y", "gradient")  # both 0: then y is the next gradient, as at first
     any_local_step = False  # the gradient goes into y, not into x
 
     def step(self, ctx: Context) -> None:

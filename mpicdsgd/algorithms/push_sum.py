@@ -26,6 +26,7 @@ class PushSum(Algorithm):
     Settings = Plain
     admits = Admits(matrix=COLUMN)
     order = "adapt, then combine: what is sent needs the gradient"
+    anew = ("weight",)
     any_local_step = False  # its step is divided by the weight
 
     def __init__(self, settings: Plain, run: Circumstances) -> None:

@@ -93,8 +93,11 @@ class Standing:
         optimizer, meta = self._optimizer, snapshot.meta
         with self._agents.agreement("the checkpoint's arrays"):
             agent_state.check(optimizer, self._model, snapshot.arrays)
+        arrays = snapshot.arrays
+        if snapshot.agents != self._agents.size:
+            arrays = optimizer.context.begun_anew(arrays)
         random = None if is_newcomer else meta["random"]
-        agent_state.restore(optimizer, self._model, snapshot.step, snapshot.arrays, random)
+        agent_state.restore(optimizer, self._model, snapshot.step, arrays, random)
         if not is_newcomer:
             self.means = RunningMeans(**meta["means"])
         self.last = meta["last"]

@@ -157,6 +157,24 @@ def test_newcomers_have_the_mix_of_their_neighbours(
     assert len(metrics_file.read(Path("run"))[-1]["test_loss"]["agents"]) == N
 
 
+@pytest.mark.parametrize(
+    ("name", "first_values"),
+    [("gradient-tracking", {"y": 0, "gradient": 0}), ("push-sum", {"weight": 1})],
+)
+def test_what_adds_up_over_agents_begins_anew(
+    comm: MPI.Intracomm, name: str, first_values: dict[str, float]
+) -> None:
+    first(comm, FEWER, f"optim.name={name}", until=7)
+    run = Run(config(f"optim.name={name}"), comm)
+    arrays = run.optimizer.arrays()
+    for key, value in first_values.items():
+        assert (arrays[f"link/{key}"] == value).all()
+    run.train()
+    if name == "gradient-tracking":
+        apart = arrays["link/y"].astype(np.float64) - arrays["link/gradient"]
+        assert np.abs(comm.allreduce(apart)).max() < 1e-4, "mean(Y) = mean(G)"
+
+
 def test_fewer_go_on_with_their_own(comm: MPI.Intracomm) -> None:
     first(comm, N, until=7)
     x = saved(N, 6, "x")
