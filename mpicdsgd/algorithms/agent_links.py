@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,9 +30,9 @@ class AgentLinks(AgentMemory):
     _overflow: torch.Tensor | None
 
     def _open_parts(self, config: ExchangeConfig, agents: Agents) -> None:
-        link, size = self.communication, self.arena.size
-        if not isinstance(link, Assembly):
+        if self.communication.carries_values:
             return
+        link, size = cast(Assembly, self.communication), self.arena.size
         if self.algorithm.over == SUMS:
             self._sum = Sum(link, size, config.sums == "ordered")
         elif self.algorithm.over == PAIRS:

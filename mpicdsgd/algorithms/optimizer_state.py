@@ -244,6 +244,11 @@ class OpenOptimizer(torch.optim.Optimizer):
         with agents.agreement(f"{self._label}()"):
             algorithm.check(agents.size)
             check_declared(algorithm)
+            if torch_is_local and algorithm.posts > 1:
+                raise UserError(
+                    f"{self._label} with a torch optimizer mixes once in a step, after the "
+                    f"optimizer's own: rounds = 1, got {algorithm.posts}"
+                )
             if torch_is_local and not algorithm.any_local_step:
                 raise UserError(
                     f"{self._label} makes its own step with the gradient: a torch optimizer cannot "

@@ -88,6 +88,9 @@ class Quiet:
     def rest(self) -> None:
         """Nothing: an exchange may stay under way whatever comes between two steps."""
 
+    def abandon(self) -> None:
+        """Nothing: a job ends with its first dead rank."""
+
 
 class Communication(Protocol):
     """See the module. Making one is collective over the agents.
@@ -185,6 +188,9 @@ class Communication(Protocol):
 
     def load(self, arrays: dict[str, NDArray[Any]]) -> None:
         """Take over what `arrays` gave; `begin` follows. Local."""
+
+    def abandon(self) -> None:
+        """End this agent's part when its communicators have been revoked, for good. Local."""
 
     def close(self) -> None:
         """End it. Collective; a second call does nothing. Raises AgentFault: see `fault`."""

@@ -31,6 +31,9 @@ class Drainable(Protocol):
     def drain(self) -> Iterator[None]:
         """Close, yielding whenever there is something to wait for."""
 
+    def abandon(self) -> None:
+        """End this rank's part where others are dead. Local."""
+
 
 _open: list[Drainable] = []
 _is_first: bool | None = None

@@ -23,7 +23,6 @@ from mpi4py import MPI
 from mpicdsgd.checkpoints.snapshot import Snapshot
 from mpicdsgd.comm import shutdown
 from mpicdsgd.comm.agreement import agreement
-from mpicdsgd.comm.exchange.exchange import Exchange
 from mpicdsgd.comm.ulfm import At, Broken, Family
 from mpicdsgd.common.errors import UserError
 from mpicdsgd.common.text import agents_in_words, shorten
@@ -178,8 +177,7 @@ def _give_up(family: Family, mine: _Mine) -> None:
     """Leave the run and all that goes on in it, but for what this agent has of it. Local."""
     family.revoke()
     for resource in shutdown.watched():
-        if isinstance(resource, Exchange):
-            resource.abandon()
+        resource.abandon()
     if mine.run is not None:
         mine.saved = mine.run.saved_step
         mine.part = mine.run.abandon()

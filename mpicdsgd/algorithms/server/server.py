@@ -91,6 +91,9 @@ class Server:
             self.line.Send(self._code.view(np.float32), self.rank, CLOSE)
             shutdown.forget(self)
 
+    def abandon(self) -> None:
+        """Nothing: a job with a server ends with its first dead rank."""
+
     def drain(self) -> Iterator[None]:
         """`close` at exit."""
         self.close(1 if hasattr(sys, "last_value") else 0)

@@ -1,1 +1,1 @@
-"""Links: what agents share by other ways than a graph's edges; see `links.link`."""
+"""What agents share by other ways than a graph's edges: begin with `assembly`."""
