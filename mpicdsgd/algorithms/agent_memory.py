@@ -158,8 +158,8 @@ class AgentMemory:
             return self.x
         return self._own[name] if name in self._own else self._walk.unknown(name)
 
-    def _was_written(self, *, is_y_too: bool = False) -> None:
-        if self.ahead is not None:
+    def _was_written(self, *, is_y_too: bool = False, is_same: bool = False) -> None:
+        if self.ahead is not None and not is_same:
             self._followed = self.ahead._version if is_y_too else -1
         self.arena.written()
         self._accept()

@@ -233,7 +233,8 @@ class AgentContext(AgentLinks):
         if slot >= 0:
             self._walk.wrote(slot, None if p is None else out_D)
         if out == "x":
-            self._was_written(is_y_too=is_local)
+            is_same = not near and not gradient and not start  # only shown, as it was
+            self._was_written(is_y_too=is_local, is_same=is_same)
 
     def take_gradient(self, into: str) -> None:
         self._walk.uses_gradient()
