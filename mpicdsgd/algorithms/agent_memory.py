@@ -178,9 +178,12 @@ class AgentMemory:
                 self.measured.append(
                     Measured(passes.step - 1, apart, gradient, penalty, outcome.moved())
                 )
-            judged = (passes.last, *passes.others)
-            if not all(one.finite() for one in judged):
-                self.communication.report(Reason.NON_FINITE, passes.step)
+            judged = (*passes.others, passes.last)
+            finite = [one.finite() for one in judged]
+            if not all(finite):
+                # Who has it from a neighbour's step 4 says 5, so that the neighbour is named.
+                is_heard = passes.alone > 0 and all(finite[: passes.alone])
+                self.communication.report(Reason.NON_FINITE, passes.step + is_heard)
             elif self.skipped_means_fault and any(one.skipped() for one in judged):
                 self.communication.report(Reason.NON_FINITE_LOSS, passes.step)
 

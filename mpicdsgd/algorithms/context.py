@@ -67,6 +67,7 @@ class AgentContext(AgentLinks):
         self.coefficients = ()
         self._gradient = self._scale = self._overflow = None
         self._made: list[Outcome] = []
+        self._alone = 0
         self._at_x: Outcome | None = None
         self._local: Outcome | None = None
         self._open_parts(config, agents)
@@ -93,7 +94,7 @@ class AgentContext(AgentLinks):
             ExchangeError: if a neighbour is missing, left or out of step.
         """
         self._gradient, self._scale, self._overflow = segments, scale, overflow
-        self._made, self._at_x, self._local = [], None, None
+        self._made, self._at_x, self._local, self._alone = [], None, None, 0
         self._enter()
         self._walk.begin_step()
         self.algorithm.step(self)
@@ -103,8 +104,8 @@ class AgentContext(AgentLinks):
         if self._made:
             *others, last = self._made
             at_x = self._at_x if self.measuring else None
-            made = Passes(self.steps, last, tuple(others), self._local, at_x, beside)
-            self._outcomes.append(made)
+            more = (self._local, at_x, beside, self._alone)
+            self._outcomes.append(Passes(self.steps, last, tuple(others), *more))
         self._judge(self._update.lag)
         if self._walk.is_to_post:
             self._post()
@@ -175,6 +176,7 @@ class AgentContext(AgentLinks):
         walk = self._walk
         if walk.is_to_post:
             self._post()
+            self._alone = self._alone or len(self._made)
         serial = walk.receives()
         near = self.communication.wait(self.steps, walk.round)
         own, weights, exact = self._weights[walk.turn]
@@ -206,7 +208,7 @@ class AgentContext(AgentLinks):
         p, q = self._published(slot, source if near else slot, near, publish)
         segments = self._segments(gradient, factor, moved or bool(of), has_q=q is not None)
         is_at_x = slot == 0 and isinstance(mix, Received) and self._at_x is None
-        measure = len(self.arena.parameters) if self.measuring and (is_local or is_at_x) else 0
+        measured = self.measuring and (is_local or is_at_x)
         out_D = self._flat(out)
         outcome = self._update(
             Pass(
@@ -222,14 +224,12 @@ class AgentContext(AgentLinks):
                 segments=segments,
                 scale=self._scale if is_local else None,
                 overflow=self._overflow if is_local else None,
-                measure=measure,
+                measure=len(self.arena.parameters) if measured else 0,
             )
         )
         self._made.append(outcome)
-        if is_local:
-            self._local = outcome
-        if is_at_x:
-            self._at_x = outcome
+        self._local = outcome if is_local else self._local
+        self._at_x = outcome if is_at_x else self._at_x
         if slot >= 0:
             self._walk.wrote(slot, None if p is None else out_D)
         if out == "x":

@@ -47,6 +47,7 @@ class Passes(NamedTuple):
         last: the pass that brought x to where the step leaves it; others: all before it.
         local: the local step's, where it was a pass.
         at_x: the first one that mixed, if the step is measured.
+        alone: how many passes came before what neighbours sent in this same step; 0: none did.
     """
 
     step: int
@@ -55,3 +56,4 @@ class Passes(NamedTuple):
     local: Outcome | None = None
     at_x: Outcome | None = None
     beside: Beside | None = None
+    alone: int = 0

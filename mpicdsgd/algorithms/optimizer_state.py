@@ -183,6 +183,7 @@ class OpenOptimizer(torch.optim.Optimizer):
             return
         self._begin()
         before, kept = self.context, self._per_parameter()
+        numbers = {name: before.number(name).copy() for name in self.algorithm.numbers}
         stop_wanted, steps = self.exchange.stop_wanted, self.steps
         self.close()
         plain("add_param_group")(self, param_group)
@@ -191,6 +192,8 @@ class OpenOptimizer(torch.optim.Optimizer):
             setattr(self.context, name, getattr(before, name))
         if stop_wanted:
             self.exchange.request_stop()
+        for name, values in numbers.items():
+            self.context.number(name)[:] = values
         now = self._per_parameter()
         for parameter, flats in kept.items():
             for name, value in flats.items():

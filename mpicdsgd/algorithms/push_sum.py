@@ -10,6 +10,9 @@ The model holds z, and what is sent is u_l = z_l - alpha / w_l g_l with w_l besi
 the mixing is one with weights that sum to 1:
 
     z_j <- sum_l (P[j,l] w_l / w_j') u_l,        w_j' = sum_l P[j,l] w_l
+
+With a 16-bit wire the mean moves by what (w_j' - w_j) times its rounding adds up to: nothing once
+the weights have settled, or where the graph is regular.
 """
 
 from __future__ import annotations

@@ -178,7 +178,7 @@ class Rows(RowMemory):
         if a.slot >= 0:
             can = publish and not self._walk.is_under_way
             self._walk.wrote(a.slot, self[out] if can else None)
-        if out == "x":
+        if out == "x" and (mix is not None or gradient is not False or start not in ("", "x")):
             self._was_written(is_y_too=gradient is True)
 
     def take_gradient(self, into: str) -> None:

@@ -32,6 +32,7 @@ from mpicdsgd import (
     from_matrix,
     graph_from_spec,
     mixing_from_spec,
+    optimizer,
 )
 from mpicdsgd.graphs.mixing_cycle import Mixing
 
@@ -280,6 +281,8 @@ def of_kind(kind: str, parameters: Any, agents: Agents, **options: Any) -> Any:
         return CDSGD(parameters, lr=0.05, agents=agents, **options)
     if kind == "adamw":
         return Mixed(torch.optim.AdamW(parameters, lr=0.01), agents, **options)
+    if kind in ("gradient-tracking", "push-sum"):
+        return optimizer(kind, parameters, lr=0.05, agents=agents, **options)
     if kind == "fused":
         return Mixed(torch.optim.AdamW(parameters, lr=0.01, fused=True), agents, **options)
     nesterov: Any = True if kind == "nesterov" else kind

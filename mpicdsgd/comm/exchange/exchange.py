@@ -110,6 +110,11 @@ class Exchange(Notices, Quiet):
         )
         self._post(header, turn)
 
+    def after(self, step: int) -> None:
+        """Others hear of it by the next header, which an agent alone need not wait for."""
+        self._step = step
+        self.tell_alone()
+
     def withdraw(self, step: int) -> None:
         """End the exchange under way without using what comes, as parameters are to be changed."""
         if self._under_way:

@@ -57,6 +57,11 @@ class Notices:
             self.fault = min(self.fault, self._own_fault(step))
             self._found = None
 
+    def tell_alone(self) -> None:
+        """An agent alone need not wait for a header."""
+        if self._found and self._diameter == 0:
+            self.fault, self._found = min(self.fault, self._own_fault(self._step)), None
+
     def tell_at_last(self) -> None:
         """What was found after the last post counts, too."""
         if self._found:

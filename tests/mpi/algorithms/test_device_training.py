@@ -28,7 +28,7 @@ from mpicdsgd import AgentFault, Agents, ExchangeConfig
 
 pytestmark = pytest.mark.ranks(1, 2, 4)
 
-KINDS = ["cdsgd", "polyak", "nesterov", "look-ahead", "adamw"]
+KINDS = ["cdsgd", "polyak", "nesterov", "look-ahead", "adamw", "gradient-tracking", "push-sum"]
 SCALED = [*KINDS, "fused"]
 
 
@@ -55,6 +55,8 @@ def given_gradients(net: Net, rng: np.random.Generator, *, spare: int = -1) -> N
         ("nesterov", {"rounds": 3}),
         ("look-ahead", {"weight_decay": 0.1}),
         ("nesterov", {"exchange": {"wire": "bfloat16"}}),
+        ("gradient-tracking", {"exchange": {"wire": "bfloat16"}}),
+        ("push-sum", {"exchange": {"wire": "float16"}}),
         ("polyak", {"exchange": {"wire": "float16", "transport": "auto"}}),
     ],
     ids=lambda value: str(value),
@@ -173,7 +175,7 @@ def test_unscaling_first(comm: MPI.Intracomm, device: str) -> None:
 
 
 @on_all_devices
-@pytest.mark.parametrize("kind", ["nesterov", "adamw"])
+@pytest.mark.parametrize("kind", ["nesterov", "adamw", "gradient-tracking", "push-sum"])
 def test_a_fault_is_raised_by_all_at_one_step(comm: MPI.Intracomm, device: str, kind: str) -> None:
     agents = agents_with(comm, "chain", device)
     net, opt = optimizer(agents, kind)
@@ -214,7 +216,7 @@ def test_a_fault_of_the_last_step_is_not_lost(comm: MPI.Intracomm, device: str) 
 
 
 @on_all_devices
-@pytest.mark.parametrize("kind", ["nesterov", "adamw", "fused"])
+@pytest.mark.parametrize("kind", ["nesterov", "adamw", "fused", "gradient-tracking", "push-sum"])
 def test_a_gradient_left_out_without_a_scaler(comm: MPI.Intracomm, device: str, kind: str) -> None:
     """How a run on a GPU learns of a loss that is no number: x <- mix, and a fault of all."""
     agents = agents_with(comm, "ring", device)

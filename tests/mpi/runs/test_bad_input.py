@@ -187,7 +187,7 @@ def test_several_bad_values_of_a_torch_optimizer(job: Trainer, folder: Path) -> 
     adamw = "optim.name=torch.optim:AdamW"
     job.refuses("optim.args", adamw, "optim.args={beta=1}")
     job.refuses("optim.args", adamw, "optim.args={betas=[2.0, 2.0]}")
-    job.refuses("optim.rounds = 2 is for cdsgd, cdmsgd and icdsgd only", adamw, "optim.rounds=2")
+    job.refuses("optim.rounds = 2 is for cdsgd, icdsgd and cdmsgd only", adamw, "optim.rounds=2")
     job.refuses("Invalid learning rate", adamw, "optim.lr=-1")
     job.refuses("optim.args.lr: set optim.lr instead", adamw, "optim.args={lr=0.1}")
     rprop = "optim.name=torch.optim:Rprop"
