@@ -169,12 +169,12 @@ class AgentMemory:
         while len(self._outcomes) > keep:
             passes = self._outcomes.popleft()
             outcome = passes.local or passes.last
-            if passes.at_x is not None:
+            if passes.is_measured:
                 gradient, penalty = outcome.gradient(), 0.5 * outcome.penalty()
                 if passes.beside is not None:
                     penalty = float(passes.beside.penalty)
                     gradient = 0.0 if outcome.skipped() else float(passes.beside.gradient)
-                apart = 0.5 * passes.at_x.disagreement()
+                apart = 0.0 if passes.at_x is None else 0.5 * passes.at_x.disagreement()
                 self.measured.append(
                     Measured(passes.step - 1, apart, gradient, penalty, outcome.moved())
                 )

@@ -91,14 +91,34 @@ def settings_of(config: OptimConfig) -> Any:
     names = registry.setting_names(kind)
     values = {name: getattr(config, name) for name in names if hasattr(config, name)}
     if ":" in config.name:  # whatever it calls itself
-        unknown = [key for key in config.args if key not in names or key in ("lr", "weight_decay")]
-        if unknown:
-            raise UserError(
-                f"optim.args.{unknown[0]}: {config.name} has the settings {', '.join(names)}; "
-                "optim.lr and optim.weight_decay are set outside optim.args"
-            )
+        _check_own(config, kind)
         values |= config.args
     return kind.Settings(**values)
+
+
+def _check_own(config: OptimConfig, kind: type[Algorithm]) -> None:
+    """Raise a UserError for settings of a user's own that clash, and for ``optim.args``."""
+    fields = {f.name: f for f in dataclasses.fields(kind.Settings)}
+    outside = ("lr", "weight_decay")
+    for name in (f.name for f in dataclasses.fields(CommonConfig)):
+        if name in fields and name not in outside:
+            raise UserError(
+                f"optim.name = {config.name}: its setting {name} has the name of a key that "
+                "[optim] has for every algorithm; call it otherwise"
+            )
+    for key, value in config.args.items():
+        if key not in fields or key in outside:
+            raise UserError(
+                f"optim.args.{key}: {config.name} has the settings {', '.join(fields)}; "
+                "optim.lr and optim.weight_decay are set outside optim.args"
+            )
+        default = fields[key].default
+        wanted = (int, float) if type(default) is float else (type(default),)
+        if type(default) in (bool, int, float, str) and type(value) not in wanted:
+            raise UserError(
+                f"optim.args.{key}: {config.name} takes one like {json.dumps(default)}, "
+                f"got {json.dumps(value)}"
+            )
 
 
 def rounds_of(config: OptimConfig) -> int:

@@ -103,8 +103,7 @@ class AgentContext(AgentLinks):
         self.steps += 1
         if self._made:
             *others, last = self._made
-            at_x = self._at_x if self.measuring else None
-            more = (self._local, at_x, beside, self._alone)
+            more = (self._local, self._at_x, beside, self._alone, self.measuring)
             self._outcomes.append(Passes(self.steps, last, tuple(others), *more))
         self._judge(self._update.lag)
         if self._walk.is_to_post:
@@ -207,7 +206,7 @@ class AgentContext(AgentLinks):
             return  # of weight 0: this agent's row is left alone
         p, q = self._published(slot, source if near else slot, near, publish)
         segments = self._segments(gradient, factor, moved or bool(of), has_q=q is not None)
-        is_at_x = slot == 0 and isinstance(mix, Received) and self._at_x is None
+        is_at_x = source == 0 and isinstance(mix, Received) and self._at_x is None
         measured = self.measuring and (is_local or is_at_x)
         out_D = self._flat(out)
         outcome = self._update(

@@ -46,8 +46,9 @@ class Passes(NamedTuple):
     Attributes:
         last: the pass that brought x to where the step leaves it; others: all before it.
         local: the local step's, where it was a pass.
-        at_x: the first one that mixed, if the step is measured.
+        at_x: the first one that mixed x as it was sent.
         alone: how many passes came before what neighbours sent in this same step; 0: none did.
+        is_measured: whether the step is.
     """
 
     step: int
@@ -57,3 +58,4 @@ class Passes(NamedTuple):
     at_x: Outcome | None = None
     beside: Beside | None = None
     alone: int = 0
+    is_measured: bool = False

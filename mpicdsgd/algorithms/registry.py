@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from mpicdsgd.algorithms.contract import GRAPH, MAIL, PAIRS, SERVER, Algorithm
 from mpicdsgd.common import plugins
+from mpicdsgd.common.errors import UserError
 
 # Where the project's own are; in the order of the documentation's table.
 MODULES = (
@@ -61,14 +62,20 @@ def find(name: str) -> type[Algorithm] | None:
     None: a torch optimizer, or no such name, which `config.check` refuses.
 
     Raises:
-        UserError: ``package.module:Name`` that cannot be found.
+        UserError: ``package.module:Name`` that cannot be found, or has no settings.
     """
     if ":" not in name:
         return algorithms().get(name)
     if name.startswith("torch."):  # which takes seconds to import
         return None
     kind: Any = plugins.load_function(name, "optim.name")
-    return kind if isinstance(kind, type) and issubclass(kind, Algorithm) else None
+    if not (isinstance(kind, type) and issubclass(kind, Algorithm)):
+        return None
+    if not dataclasses.is_dataclass(getattr(kind, "Settings", None)):
+        raise UserError(
+            f'optim.name = "{name}" has no dataclass Settings, as local_steps.Plain is one'
+        )
+    return kind
 
 
 def setting_names(kind: type[Algorithm]) -> tuple[str, ...]:

@@ -96,7 +96,7 @@ class Rows(RowMemory):
         self._parts, self.coefficients, self._seen = parts, coefficients, seen
         self._is_at_x = self._has_local = False
         self._plain["mu"][: len(self._layout.parameters)] = coefficients.mu
-        self.finite[:] = True
+        self.finite[:], self.disagreement[:] = True, 0.0
         self._take_buffers()
         if self.algorithm.over == GRADIENTS:
             self._average_gradients()
@@ -163,7 +163,7 @@ class Rows(RowMemory):
         elif mix is None:
             a.source = a.slot
         a.weight, a.factor = per_agent(weight, self.size), per_agent(factor, self.size)
-        a.is_first = a.slot == 0 and isinstance(mix, Received) and not self._is_at_x
+        a.is_first = a.source == 0 and isinstance(mix, Received) and not self._is_at_x
         if gradient is True:
             self._local_step(a)
         else:
