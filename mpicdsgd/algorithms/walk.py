@@ -119,7 +119,10 @@ class Walk:
         """The numbers of each agent."""
         self.require(GRAPH, "publish()")
         if self.is_to_post or self.is_under_way:
-            self.refuse("publish() again, but what was published before was not received yet")
+            self.refuse(
+                "publish() again, but what was published before was not received yet (a step that "
+                "publishes first needs a begin() that does not)"
+            )
         if len(numbers) > NUMBERS:
             self.refuse(f"publish() takes {NUMBERS} numbers, got {', '.join(numbers)}")
         try:
