@@ -433,6 +433,7 @@ def test_the_traces_disagreement_is_the_checkpoints(comm: MPI.Intracomm, folder:
     train(comm, *more, "run.checkpoint_every=8 steps", "run.keep=9", "run.dir=r")
     steps = sorted(Path("r/checkpoints").iterdir())
     assert [path.name for path in steps] == ["step-00000008", "step-00000010"]
+    comm.barrier()  # all have seen them
     if comm.rank == 0:
         shutil.rmtree(steps[1])
     comm.barrier()
