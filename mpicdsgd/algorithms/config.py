@@ -192,8 +192,9 @@ def check(config: OptimConfig) -> None:
             f'optim.args is for torch optimizers ("torch.optim:AdamW"), not {config.name}'
         )
     if not is_torch(config):
+        settings = settings_of(config)
         try:
-            settings_of(config).check()
+            settings.check()
         except UserError as error:  # every setting's message begins with its name
             raise UserError(f"optim.{error}") from None
 

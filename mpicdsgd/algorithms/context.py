@@ -315,14 +315,15 @@ class AgentContext(AgentLinks):
             if isinstance(gradient, str):
                 self._point_at(segments, gradient)
             elif gradient and self._torch is not None:
-                # The difference to neighbours is taken from what was published, the old x.
-                segments["own"] = has_q
+                segments["own"] = has_q  # neighbours are compared with the old x, as published
         if moved:
             segments["own"] = 1
         if not has_q and self.communication.carries_values:
             segments = segments.copy()
             segments["own"] = 0
         (scale,) = per_agent(factor, 1)
+        if self._torch is not None:
+            self._walk.leaves_it_to_torch(gradient, scale)
         if scale != 1:
             segments = segments.copy()
             segments["alpha"] *= scale

@@ -172,6 +172,14 @@ class Walk:
             )
         self.is_gradient_used = True
 
+    def leaves_it_to_torch(self, gradient: bool | str, factor: float) -> None:
+        """A torch optimizer makes the local step, with a step size of its own."""
+        if isinstance(gradient, str) or (gradient and factor != 1):
+            self.refuse(
+                'update(gradient="name") and factor do not reach the torch optimizer that makes '
+                "the local step: set any_local_step = False"
+            )
+
     def sums(self, *, begins: bool) -> None:
         """A sum begins, or is asked for."""
         if begins == self.is_sum_begun:

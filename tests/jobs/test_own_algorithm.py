@@ -76,7 +76,7 @@ for wrong in ({"warmth": 1}, {"strength": 2.0}):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    shutil.copy(Path(__file__).parents[1] / "mine.py", tmp_path / "ownfile.py")
+    shutil.copy(Path(__file__).parents[1] / "ownalg.py", tmp_path / "ownfile.py")
     (tmp_path / "r.toml").write_text(CONFIG)
     return tmp_path
 

@@ -14,7 +14,7 @@ from mpi4py import MPI
 from oracle import Net, Problem, flatten, gather, make_agents, relative, train
 from wrong_steps import RIGHT, WRONG, WRONG_DECLARATIONS, SmallRows, made, own, usual
 
-from mpicdsgd import AgentLeft, UserError, optimizer
+from mpicdsgd import AgentLeft, Mixed, UserError, optimizer
 from mpicdsgd.algorithms.contract import Algorithm
 from mpicdsgd.algorithms.local_steps import Momentum
 
@@ -30,6 +30,19 @@ def go(x: torch.nn.Parameter, opt: Any, steps: int) -> None:
     for _ in range(steps):
         x.grad = x.detach().clone()
         opt.step()
+
+
+def test_a_factor_does_not_reach_torchs_step(comm: MPI.Intracomm) -> None:
+    x = torch.nn.Parameter(torch.ones(3))
+
+    def step(self: Algorithm, ctx: Any) -> None:
+        ctx.update(mix=ctx.received(), gradient=True, factor=0.5)
+        ctx.publish()
+
+    algorithm = made(own(step=step), comm.size)
+    opt = Mixed(torch.optim.SGD([x], lr=1.0), make_agents(comm), algorithm=algorithm)
+    with pytest.raises(RuntimeError, match="factor do not reach the torch optimizer"):
+        go(x, opt, 1)
 
 
 @pytest.mark.parametrize("name", WRONG)
